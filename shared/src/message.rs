@@ -1,0 +1,279 @@
+//! The messages of the link, by direction.
+//!
+//! The order of a worker's life: `Hello`, then the supervisor's `Load`, then `Progress` any number of times, then
+//! `Ready` or `LoadFailed`. From `Ready` on, for each `Generate`: one `Prompt`, any number of `Delta`, and exactly one of
+//! `Done` and `Failed`. `Ping` may come at any time after `Hello` and is answered with `Pong`. The link's end asks the
+//! worker to end. A message that is illegal in the state ends the incarnation.
+
+use bincode::{Decode, Encode};
+
+use crate::generate::Generate;
+use crate::units::{Bytes, RequestId};
+
+/// The version of everything in this crate. Both sides come from one build; a difference is refused at `Hello`.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// What a supervisor tells its worker.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub enum ToWorker {
+    /// Load a model as planned. Comes once, first.
+    Load(LoadPlan),
+    /// Generate tokens for a request.
+    Generate(Box<Generate>),
+    /// Give up a request: it ends with `Failed(Cancelled)` within a step. Unknown ids are ignored, since a request may
+    /// have ended while this was on its way.
+    Cancel {
+        /// The request.
+        id: RequestId,
+    },
+    /// Asks for a sign of life.
+    Ping {
+        /// Comes back in the `Pong`.
+        nonce: u64,
+    },
+}
+
+/// What a worker tells its supervisor.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub enum FromWorker {
+    /// The first message: the worker stands behind its walls and may be given a model.
+    Hello {
+        /// The worker's `PROTOCOL_VERSION`.
+        version: u32,
+        /// The layers of isolation in force.
+        layers: Vec<Layer>,
+    },
+    /// The load is moving.
+    Progress {
+        /// How much has been done.
+        done: Bytes,
+        /// How much there is to do.
+        total: Bytes,
+        /// What is being done, for people.
+        what: String,
+    },
+    /// The model can take requests.
+    Ready(Facts),
+    /// The model cannot be loaded; the worker ends right after this with a typed exit code.
+    LoadFailed {
+        /// Why, naming the file and the tensor where there is one.
+        detail: String,
+    },
+    /// The prompt of a request was rendered, tokenised and found to fit.
+    Prompt {
+        /// The request.
+        id: RequestId,
+        /// Tokens of the prompt.
+        tokens: u32,
+        /// Of these, how many needed no computation.
+        cached: u32,
+    },
+    /// New tokens of a request.
+    Delta {
+        /// The request.
+        id: RequestId,
+        /// The token ids, in order, at least one. Replayed tokens of `resume` are not repeated here.
+        tokens: Vec<u32>,
+        /// The text that these tokens completed, by kind. May be empty: a marker, or an unfinished character.
+        pieces: Vec<Piece>,
+    },
+    /// A request ended well.
+    Done {
+        /// The request.
+        id: RequestId,
+        /// Text that was held back until the end was certain.
+        pieces: Vec<Piece>,
+        /// Why it ended.
+        reason: FinishReason,
+        /// What it used.
+        usage: Usage,
+    },
+    /// A request ended without a whole answer.
+    Failed {
+        /// The request.
+        id: RequestId,
+        /// Why.
+        failure: Failure,
+    },
+    /// The answer to `Ping`.
+    Pong {
+        /// The `Ping`'s.
+        nonce: u64,
+        /// Rises with every layer computed: a worker with work whose counter stands still is hung.
+        progress: u64,
+        /// Sequences in the batch or waiting for it.
+        sequences: u32,
+        /// Blocks of KV cache that are free.
+        blocks_free: u32,
+    },
+}
+
+/// What to load and how much room it may take.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct LoadPlan {
+    /// The model folder, an absolute path.
+    pub model_dir: String,
+    /// Where to compute.
+    pub device: DeviceChoice,
+    /// Threads that compute; 0 lets the worker count its cores.
+    pub threads: u32,
+    /// Context to serve, in tokens; 0 takes the model's own.
+    pub context_tokens: u32,
+    /// Sequences that may run in one batch.
+    pub sequences_max: u32,
+    /// Bytes for the KV cache; 0 lets the worker take what one full context and the batch need.
+    pub kv_bytes: Bytes,
+    /// Slows every step down, for tests; only ever set behind `--allow-faults`. Units: milliseconds.
+    pub step_delay_ms: u32,
+}
+
+/// A device to compute on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum DeviceChoice {
+    /// The processor.
+    Cpu,
+    /// A CUDA card by its number.
+    Cuda(u32),
+}
+
+/// A layer of a worker's isolation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
+pub enum Layer {
+    /// The worker is killed when its supervisor dies.
+    ParentDeathSignal,
+    /// No new privileges through exec.
+    NoNewPrivileges,
+    /// Core dumps and file sizes are limited to nothing, descriptors to a few.
+    ResourceLimits,
+    /// Other processes of the same user cannot read its memory.
+    NotDumpable,
+    /// No environment variable was inherited.
+    EmptyEnvironment,
+    /// No descriptor beyond the link and standard error was inherited.
+    ClosedDescriptors,
+    /// Every capability set is empty.
+    NoCapabilities,
+}
+
+impl Layer {
+    /// Gives the word for logs and status lines.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Layer::ParentDeathSignal => "parent-death-signal",
+            Layer::NoNewPrivileges => "no-new-privileges",
+            Layer::ResourceLimits => "resource-limits",
+            Layer::NotDumpable => "not-dumpable",
+            Layer::EmptyEnvironment => "empty-environment",
+            Layer::ClosedDescriptors => "closed-descriptors",
+            Layer::NoCapabilities => "no-capabilities",
+        }
+    }
+}
+
+/// What a loaded model is.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Facts {
+    /// Tokens of prompt and answer together that one sequence may have.
+    pub context_tokens: u32,
+    /// Tokens in a block of KV cache.
+    pub block_tokens: u32,
+    /// Blocks of KV cache.
+    pub blocks: u32,
+    /// Rows of the output matrix.
+    pub vocabulary: u32,
+    /// How much memory is held, by purpose.
+    pub memory: Vec<(MemoryKind, Bytes)>,
+    /// Where the model computes, for people: `cpu (avx2, 2 threads)`.
+    pub device: String,
+    /// How its weights are stored, for people: `nf4`, `mxfp4`, `bf16`.
+    pub quantization: String,
+}
+
+/// A purpose of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
+pub enum MemoryKind {
+    /// Weights, mapped or read.
+    Weights,
+    /// Keys and values of past tokens.
+    KvCache,
+    /// Activations of one step.
+    Scratch,
+}
+
+impl MemoryKind {
+    /// Gives the word for status lines and metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            MemoryKind::Weights => "weights",
+            MemoryKind::KvCache => "kv_cache",
+            MemoryKind::Scratch => "scratch",
+        }
+    }
+}
+
+/// A run of text of one kind.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Piece {
+    /// What the model thinks.
+    Reasoning(String),
+    /// What the model says.
+    Content(String),
+    /// A whole call of a tool: a call that the token limit cut off never becomes a piece.
+    ToolCall {
+        /// Counts the calls of this answer from 0.
+        index: u32,
+        /// The tool's name.
+        name: String,
+        /// The arguments as the model wrote them, meant to be JSON.
+        arguments: String,
+    },
+}
+
+/// Why a request ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
+pub enum FinishReason {
+    /// The model ended its turn, or a stop string matched.
+    Stop,
+    /// The token limit or the context was reached.
+    Length,
+    /// The model called tools and waits for their results.
+    ToolCalls,
+}
+
+/// What a request used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Usage {
+    /// Tokens of the prompt as rendered.
+    pub prompt_tokens: u32,
+    /// Of these, how many needed no computation.
+    pub cached_tokens: u32,
+    /// Tokens generated, markers and the end token included.
+    pub completion_tokens: u32,
+    /// Of these, how many belonged to reasoning.
+    pub reasoning_tokens: u32,
+}
+
+/// Why a request ended without a whole answer.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Failure {
+    /// The client's fault: prompt and answer do not fit.
+    ContextLength {
+        /// Tokens of the prompt.
+        prompt_tokens: u32,
+        /// Tokens asked for, 0 where the client did not say.
+        max_tokens: u32,
+        /// Tokens that fit.
+        context_tokens: u32,
+    },
+    /// The client's fault: a value that only the worker can judge.
+    Invalid {
+        /// The parameter by its name in the API.
+        param: String,
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// The supervisor asked for it.
+    Cancelled,
+}

@@ -1,0 +1,2 @@
+//! The Bulkhead supervisor: everything that clients touch, and the lives of its workers.
+#![forbid(unsafe_code)]

@@ -1,0 +1,1 @@
+//! The Bulkhead worker: one process that holds one model.
