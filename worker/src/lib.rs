@@ -1,1 +1,5 @@
 //! The Bulkhead worker: one process that holds one model.
+
+pub mod checkpoint;
+pub mod model;
+pub mod quant;

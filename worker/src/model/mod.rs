@@ -1,0 +1,8 @@
+//! The model: what a gpt-oss is, its weights by role, and the arithmetic that turns tokens into logits.
+//!
+//! Owns: the meaning of config.json and of tensor names, and the forward pass, one file per idea. Refuses: to know of
+//! requests, files beyond names in a checkpoint, or text.
+
+pub mod config;
+pub mod limits;
+pub mod rope;

@@ -1,0 +1,188 @@
+//! MXFP4: 4-bit floats (E2M1), 32 of them under one power of two (E8M0).
+//!
+//! Element `2i` of a group is the LOW nibble of its byte `i`, element `2i + 1` the HIGH one: the other way round than NF4.
+//! value = FP4[nibble] * 2^(scale - 127).
+//!
+//! Source: OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1; the layout is that of transformers'
+//! `integrations/mxfp4.py`. A scale of 255 is the format's NaN; transformers computes 2^128 from it, we refuse it.
+
+use super::{FormatError, expect_length, weight_count};
+use crate::checkpoint::Region;
+
+/// The values of the sixteen codes; the high bit of a code is its sign.
+pub const TABLE: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+
+/// Weights under one scale.
+pub const GROUP: usize = 32;
+
+/// Bytes of the codes of one group.
+pub const GROUP_BYTES: usize = GROUP / 2;
+
+/// The scale that means NaN.
+const SCALE_NAN: u8 = 255;
+
+/// The largest scale with which every code is finite in f32: 6 * 2^(252 - 127) < 2^128.
+const SCALE_ALWAYS_FINITE_MAX: u8 = 252;
+
+/// A matrix `[rows, cols]` in MXFP4.
+#[derive(Clone, Debug)]
+pub struct Mxfp4 {
+    rows: usize,
+    cols: usize,
+    blocks: Region,
+    scales: Region,
+}
+
+impl Mxfp4 {
+    /// Takes codes `[rows, cols / 32, 16] u8` and scales `[rows, cols / 32] u8`.
+    ///
+    /// # Errors
+    /// `Dimensions`, `PartialGroup`, `Length`; `ScaleNotFinite` for the NaN scale, and for a large one under which a
+    /// weight overflows f32.
+    pub fn new(rows: usize, cols: usize, blocks: Region, scales: Region) -> Result<Mxfp4, FormatError> {
+        let weights = weight_count(rows, cols)?;
+        if !cols.is_multiple_of(GROUP) {
+            return Err(FormatError::PartialGroup { cols, group: GROUP });
+        }
+        expect_length("the codes", weights / 2, blocks.len())?;
+        expect_length("the scales", weights / GROUP, scales.len())?;
+        let matrix = Mxfp4 { rows, cols, blocks, scales };
+        matrix.check_scales()?;
+        Ok(matrix)
+    }
+
+    /// Gives the number of outputs.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Gives the number of inputs.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Gives the codes, `[rows, cols / 32, 16] u8`.
+    #[must_use]
+    pub fn blocks(&self) -> &Region {
+        &self.blocks
+    }
+
+    /// Gives the scales, `[rows, cols / 32] u8`, biased by 127.
+    #[must_use]
+    pub fn scales(&self) -> &Region {
+        &self.scales
+    }
+
+    /// Gives the bytes that codes and scales take.
+    #[must_use]
+    pub fn stored_bytes(&self) -> usize {
+        self.blocks.len() + self.scales.len()
+    }
+
+    /// Writes one row as floats.
+    ///
+    /// # Panics
+    /// When `row` is not below `rows` or `out` is not `cols` long.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols);
+        let groups = self.cols / GROUP;
+        let scales = &self.scales.bytes()[row * groups..(row + 1) * groups];
+        let (blocks, _) = self.blocks.bytes()[row * groups * GROUP_BYTES..].as_chunks::<GROUP_BYTES>();
+        let (out, _) = out.as_chunks_mut::<GROUP>();
+        for ((values, block), scale) in out.iter_mut().zip(blocks).zip(scales) {
+            *values = decode_group(block, *scale);
+        }
+    }
+
+    fn check_scales(&self) -> Result<(), FormatError> {
+        let (blocks, _) = self.blocks.bytes().as_chunks::<GROUP_BYTES>();
+        for (index, (scale, block)) in self.scales.bytes().iter().zip(blocks).enumerate() {
+            if *scale <= SCALE_ALWAYS_FINITE_MAX {
+                continue;
+            }
+            let overflows = !decode_group(block, *scale).iter().all(|value| value.is_finite());
+            if *scale == SCALE_NAN || overflows {
+                return Err(FormatError::ScaleNotFinite { index, scale: *scale });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Decodes one group, correctly rounded for every scale: subnormal at the lower end, infinite at the upper.
+#[must_use]
+pub fn decode_group(block: &[u8; GROUP_BYTES], scale: u8) -> [f32; GROUP] {
+    let power = power_of_two(scale);
+    let mut values = [0.0; GROUP];
+    let (pairs, _) = values.as_chunks_mut::<2>();
+    for (pair, byte) in pairs.iter_mut().zip(block) {
+        let value = |code: u8| (f64::from(TABLE[usize::from(code)]) * power) as f32;
+        *pair = [value(byte & 15), value(byte >> 4)];
+    }
+    values
+}
+
+/// 2^(scale - 127), built from its bits: in f64 it is normal for every scale.
+fn power_of_two(scale: u8) -> f64 {
+    const F64_BIAS: u64 = 1023;
+    const MANTISSA_BITS: u32 = 52;
+    f64::from_bits((F64_BIAS - 127 + u64::from(scale)) << MANTISSA_BITS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_every_e2m1_float() {
+        for (code, value) in TABLE.into_iter().enumerate() {
+            let (sign, exponent, mantissa) = (code >> 3, (code >> 1) & 3, (code & 1) as f32);
+            let magnitude = match exponent {
+                0 => mantissa / 2.0,
+                _ => (1.0 + mantissa / 2.0) * f32::powi(2.0, exponent as i32 - 1),
+            };
+            let expected = if sign == 1 { -magnitude } else { magnitude };
+            assert_eq!(value.to_bits(), expected.to_bits(), "{code}");
+        }
+    }
+
+    fn matrix(codes: u8, scale: u8) -> Result<Mxfp4, FormatError> {
+        Mxfp4::new(1, GROUP, Region::from_vec(vec![codes; GROUP_BYTES]), Region::from_vec(vec![scale]))
+    }
+
+    #[test]
+    fn the_low_nibble_comes_first() {
+        let mut row = [0.0; GROUP];
+        matrix(0x72, 128).expect("finite").decode_row(0, &mut row);
+        assert_eq!(row[..4], [2.0, 12.0, 2.0, 12.0]);
+    }
+
+    #[test]
+    fn scales_that_make_no_number_are_refused() {
+        for (codes, scale, finite) in [
+            (0x77, 252, true),
+            (0x77, 253, false),
+            (0x11, 254, true),
+            (0x44, 254, false),
+            (0x00, 255, false),
+            (0xff, 0, true),
+        ] {
+            let expected = if finite { None } else { Some(FormatError::ScaleNotFinite { index: 0, scale }) };
+            assert_eq!(matrix(codes, scale).err(), expected, "{codes:x} {scale}");
+        }
+    }
+
+    #[test]
+    fn dimensions_must_fit_the_bytes() {
+        let make = |cols, blocks: usize, scales: usize| {
+            let (blocks, scales) = (Region::from_vec(vec![0; blocks]), Region::from_vec(vec![0; scales]));
+            Mxfp4::new(2, cols, blocks, scales).map(|_| ())
+        };
+        assert_eq!(make(64, 64, 4), Ok(()));
+        assert_eq!(make(63, 63, 4), Err(FormatError::PartialGroup { cols: 63, group: 32 }));
+        assert!(matches!(make(64, 63, 4), Err(FormatError::Length { part: "the codes", expected: 64, found: 63 })));
+        assert!(matches!(make(64, 64, 5), Err(FormatError::Length { part: "the scales", expected: 4, found: 5 })));
+    }
+}
