@@ -175,7 +175,7 @@ pub fn parse_header(bytes: &[u8], file_bytes: u64) -> Result<Header, HeaderError
     for entry in raw {
         tensors.push(checked_entry(entry, file_bytes - data_start)?);
     }
-    tensors.sort_by(|a, b| (a.range.start, a.range.end).cmp(&(b.range.start, b.range.end)));
+    tensors.sort_by_key(|entry| (entry.range.start, entry.range.end));
     check_cover(&tensors, file_bytes - data_start)?;
     let start = to_usize(data_start);
     for entry in &mut tensors {

@@ -84,11 +84,10 @@ impl Tensor {
     /// # Errors
     /// `WrongDtype` for every other type.
     pub fn float_type(&self) -> Result<FloatType, CheckpointError> {
-        match self.dtype {
-            Dtype::F32 => Ok(FloatType::F32),
-            Dtype::F16 => Ok(FloatType::F16),
-            Dtype::BF16 => Ok(FloatType::Bf16),
-            _ => Err(self.wrong_dtype("BF16, F16 or F32")),
+        let known = [(Dtype::F32, FloatType::F32), (Dtype::F16, FloatType::F16), (Dtype::BF16, FloatType::Bf16)];
+        match known.into_iter().find(|(dtype, _)| *dtype == self.dtype) {
+            Some((_, float_type)) => Ok(float_type),
+            None => Err(self.wrong_dtype("BF16, F16 or F32")),
         }
     }
 

@@ -5,4 +5,6 @@
 
 pub mod config;
 pub mod limits;
+pub mod reference;
 pub mod rope;
+pub mod weights;

@@ -224,14 +224,10 @@ fn check_block_size(part: &'static str, found: usize) -> Result<(), FormatError>
     Err(FormatError::BlockSize { part, found, min: BLOCK_SIZE_MIN, max: BLOCK_SIZE_MAX })
 }
 
-fn expect_finite(part: &'static str, mut values: impl Iterator<Item = f32> + Clone) -> Result<(), FormatError> {
-    let start = values.clone();
-    match values.position(|value| !value.is_finite()) {
+fn expect_finite(part: &'static str, values: impl Iterator<Item = f32>) -> Result<(), FormatError> {
+    match values.enumerate().find(|(_, value)| !value.is_finite()) {
         None => Ok(()),
-        Some(index) => {
-            let value = start.skip(index).next().unwrap_or(f32::NAN);
-            Err(FormatError::NotFinite { part, index, value })
-        }
+        Some((index, value)) => Err(FormatError::NotFinite { part, index, value }),
     }
 }
 
