@@ -1,1 +1,3 @@
 //! The Bulkhead worker: one process that holds one model.
+
+pub mod engine;
