@@ -1,3 +1,4 @@
 //! The Bulkhead worker: one process that holds one model.
 
 pub mod engine;
+pub mod text;
