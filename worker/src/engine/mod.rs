@@ -1,0 +1,3 @@
+//! The engine: what turns requests into tokens, step by step.
+
+pub mod sampler;

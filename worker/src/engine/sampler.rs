@@ -1,0 +1,317 @@
+//! Chooses the next token from the logits.
+//!
+//! Owns: penalties, filters, and the random choice. Pure: the choice is a function of the logits, the history, the
+//! parameters, the seed and the position, and of nothing else, so that a replayed request goes on as it would have.
+//!
+//! The order of the steps: frequency and presence penalties, repetition penalty, temperature, top_k, top_p, min_p. Each
+//! filter works on the distribution that the one before left. top_k keeps all tokens as likely as the k-th; top_p keeps the
+//! smallest set of the most likely tokens that reaches it, the lower id first among equals; min_p drops what is less
+//! likely than its share of the most likely token. Probabilities are summed in f64, in the order of the candidates.
+//!
+//! Source: transformers 5 (`TopKLogitsWarper`, `TopPLogitsWarper`, `MinPLogitsWarper`, `RepetitionPenaltyLogitsProcessor`);
+//! OpenAI's API reference for the frequency and presence penalties.
+
+use std::collections::HashMap;
+
+use bulkhead_shared::generate::Sampling;
+
+/// Tokens that are sorted at first to find the set of top_p; eight times as many with each try.
+const TOP_P_FIRST_TRY: usize = 256;
+
+/// A logit that is not finite: the model or its device is broken.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("the logit of token {token} is {value}")]
+pub struct NonFinite {
+    /// The first such token.
+    pub token: u32,
+    /// Its logit.
+    pub value: f32,
+}
+
+/// The sampling that a model has where a request does not choose.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Defaults {
+    /// 0 picks the most likely token.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub min_p: f32,
+    /// 1 changes nothing.
+    pub repetition_penalty: f32,
+}
+
+impl Default for Defaults {
+    /// Samples from the model's distribution as it is.
+    fn default() -> Defaults {
+        Defaults { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
+}
+
+/// How often each token has occurred in a sequence.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// Times generated; 0 for a token that only the prompt has.
+    generated: HashMap<u32, u32>,
+}
+
+impl History {
+    /// Notes the tokens of the prompt.
+    pub fn record_prompt(&mut self, tokens: &[u32]) {
+        for token in tokens {
+            self.generated.entry(*token).or_default();
+        }
+    }
+
+    /// Notes a token that was generated.
+    pub fn record_generated(&mut self, token: u32) {
+        *self.generated.entry(token).or_default() += 1;
+    }
+}
+
+/// Memory that `sample` works in, kept from step to step.
+#[derive(Clone, Debug, Default)]
+pub struct Scratch {
+    candidates: Vec<Candidate>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    token: u32,
+    logit: f32,
+    /// The probability relative to the most likely token's. Bounds: 0 to 1.
+    weight: f64,
+}
+
+/// A token that was chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm of the probability that the token had in this choice, after every filter: 0 where there was only
+    /// one. For the model's own opinion see `model_logprob`.
+    pub logprob: f64,
+}
+
+/// Chooses the tokens of one request.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampler {
+    temperature: f32,
+    top_k: u32,
+    top_p: f32,
+    min_p: f32,
+    repetition_penalty: f32,
+    frequency_penalty: f32,
+    presence_penalty: f32,
+    seed: u64,
+}
+
+impl Sampler {
+    /// Takes what the request asks for, and the model's defaults for the rest.
+    #[must_use]
+    pub fn new(sampling: &Sampling, defaults: &Defaults) -> Sampler {
+        Sampler {
+            temperature: sampling.temperature.unwrap_or(defaults.temperature),
+            top_k: sampling.top_k.unwrap_or(defaults.top_k),
+            top_p: sampling.top_p.unwrap_or(defaults.top_p),
+            min_p: sampling.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: sampling.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            frequency_penalty: sampling.frequency_penalty,
+            presence_penalty: sampling.presence_penalty,
+            seed: sampling.seed,
+        }
+    }
+
+    /// Says whether the choice depends on the tokens before; otherwise `History` may stay empty.
+    #[must_use]
+    pub fn needs_history(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
+    }
+
+    /// Chooses the token at `position`, which counts the tokens of the sequence from its start. The penalties are applied
+    /// to `logits` in place.
+    ///
+    /// Shapes: `logits: [vocabulary] f32`.
+    ///
+    /// # Errors
+    /// `NonFinite` for the first logit that is infinite or not a number.
+    ///
+    /// # Panics
+    /// When there are no logits.
+    pub fn sample(
+        &self,
+        logits: &mut [f32],
+        history: &History,
+        position: u64,
+        scratch: &mut Scratch,
+    ) -> Result<Choice, NonFinite> {
+        check_finite(logits)?;
+        self.penalize(logits, history);
+        if self.temperature <= 0.0 {
+            return Ok(Choice { token: most_likely(logits), logprob: 0.0 });
+        }
+        self.filter(logits, &mut scratch.candidates);
+        Ok(draw(&scratch.candidates, uniform(self.seed, position)))
+    }
+
+    /// Gives the distribution that `sample` draws from: tokens with their probabilities, in no particular order. At
+    /// temperature 0, the one token.
+    ///
+    /// # Errors
+    /// As `sample`.
+    pub fn distribution(&self, logits: &mut [f32], history: &History) -> Result<Vec<(u32, f64)>, NonFinite> {
+        check_finite(logits)?;
+        self.penalize(logits, history);
+        if self.temperature <= 0.0 {
+            return Ok(vec![(most_likely(logits), 1.0)]);
+        }
+        let mut candidates = Vec::new();
+        self.filter(logits, &mut candidates);
+        let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
+        Ok(candidates.iter().map(|candidate| (candidate.token, candidate.weight / total)).collect())
+    }
+
+    fn penalize(&self, logits: &mut [f32], history: &History) {
+        if !self.needs_history() {
+            return;
+        }
+        for (token, count) in &history.generated {
+            // A prompt given as token ids may hold ids that the model has no row for.
+            let Some(logit) = logits.get_mut(*token as usize) else { continue };
+            let mut penalized = f64::from(*logit);
+            if *count > 0 {
+                penalized -= f64::from(self.frequency_penalty) * f64::from(*count) + f64::from(self.presence_penalty);
+            }
+            let repetition = f64::from(self.repetition_penalty);
+            penalized = if penalized > 0.0 { penalized / repetition } else { penalized * repetition };
+            *logit = penalized as f32;
+        }
+    }
+
+    /// Leaves the tokens that may be drawn, with their weights.
+    fn filter(&self, logits: &[f32], candidates: &mut Vec<Candidate>) {
+        candidates.clear();
+        candidates.extend((0..).zip(logits).map(|(token, logit)| Candidate { token, logit: *logit, weight: 0.0 }));
+        keep_top_k(candidates, self.top_k as usize);
+        let max = candidates.iter().fold(f32::NEG_INFINITY, |max, candidate| max.max(candidate.logit));
+        for candidate in candidates.iter_mut() {
+            let distance = f64::from(candidate.logit) - f64::from(max);
+            candidate.weight = (distance / f64::from(self.temperature)).exp();
+        }
+        if self.top_p < 1.0 {
+            keep_top_p(candidates, f64::from(self.top_p));
+        }
+        if self.min_p > 0.0 {
+            candidates.retain(|candidate| candidate.weight >= f64::from(self.min_p));
+        }
+    }
+}
+
+/// Gives the natural logarithm of the probability that the model itself gives to a token, at temperature 1.
+///
+/// # Panics
+/// When the token has no logit.
+#[must_use]
+pub fn model_logprob(logits: &[f32], token: u32) -> f64 {
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let total: f64 = logits.iter().map(|logit| (f64::from(*logit) - max).exp()).sum();
+    f64::from(logits[token as usize]) - max - total.ln()
+}
+
+fn check_finite(logits: &[f32]) -> Result<(), NonFinite> {
+    match (0..).zip(logits).find(|(_, logit)| !logit.is_finite()) {
+        Some((token, value)) => Err(NonFinite { token, value: *value }),
+        None => Ok(()),
+    }
+}
+
+/// Finds the token with the highest logit; the lowest id among equals.
+fn most_likely(logits: &[f32]) -> u32 {
+    let mut best = (0, *logits.first().expect("a model has at least one token"));
+    for (token, logit) in (0..).zip(logits) {
+        if *logit > best.1 {
+            best = (token, *logit);
+        }
+    }
+    best.0
+}
+
+/// The most likely first, the lower id first among equals.
+fn by_rank(left: &Candidate, right: &Candidate) -> std::cmp::Ordering {
+    right.logit.total_cmp(&left.logit).then(left.token.cmp(&right.token))
+}
+
+/// Keeps the `count` most likely candidates and those as likely as the last of them; all for 0.
+fn keep_top_k(candidates: &mut Vec<Candidate>, count: usize) {
+    if count == 0 || count >= candidates.len() {
+        return;
+    }
+    let (_, last, _) = candidates.select_nth_unstable_by(count - 1, by_rank);
+    let least = last.logit;
+    candidates.retain(|candidate| candidate.logit >= least);
+    // The selection leaves an order that is nobody's promise.
+    candidates.sort_unstable_by_key(|candidate| candidate.token);
+}
+
+/// Keeps the most likely candidates whose probabilities reach `share` together, in the order of their rank.
+fn keep_top_p(candidates: &mut Vec<Candidate>, share: f64) {
+    let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
+    let mut sorted = 0;
+    let mut next = TOP_P_FIRST_TRY;
+    let mut reached = 0.0;
+    while sorted < candidates.len() {
+        let rest = &mut candidates[sorted..];
+        let count = next.min(rest.len());
+        if count < rest.len() {
+            rest.select_nth_unstable_by(count - 1, by_rank);
+        }
+        rest[..count].sort_unstable_by(by_rank);
+        for (index, candidate) in rest[..count].iter().enumerate() {
+            reached += candidate.weight;
+            if reached >= share * total {
+                candidates.truncate(sorted + index + 1);
+                return;
+            }
+        }
+        sorted += count;
+        next *= 8;
+    }
+}
+
+/// Draws one of the candidates by a number from 0 to below 1.
+fn draw(candidates: &[Candidate], uniform: f64) -> Choice {
+    let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
+    let mut left = uniform * total;
+    let mut chosen = None;
+    for candidate in candidates.iter().filter(|candidate| candidate.weight > 0.0) {
+        chosen = Some(candidate);
+        left -= candidate.weight;
+        if left < 0.0 {
+            break;
+        }
+    }
+    let chosen = chosen.expect("the most likely token passes every filter, with weight 1");
+    Choice { token: chosen.token, logprob: (chosen.weight / total).ln() }
+}
+
+/// Gives the random number of a position: from 0 to below 1, in steps of 2^-53.
+///
+/// The state is a counter: seed and position go through the finalizer of SplitMix64, the position on top of the mixed seed,
+/// so that neighbouring seeds and positions have nothing in common.
+///
+/// Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; constants of its variant 13.
+fn uniform(seed: u64, position: u64) -> f64 {
+    let bits = mix(mix(seed.wrapping_add(GOLDEN_GAMMA)) ^ position.wrapping_add(1).wrapping_mul(GOLDEN_GAMMA));
+    (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+/// 2^64 divided by the golden ratio, made odd.
+const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

@@ -1,0 +1,136 @@
+//! An answer while it grows: tokens in, pieces for the client out.
+//!
+//! Owns: how decoding, the conversation format and stop strings work together. Invariants: a stop string matches in content
+//! only; behind it nothing more comes out; the pieces are a function of the tokens, so that pushing the same tokens to a
+//! new `Answer` restores its state.
+
+use std::sync::Arc;
+
+use bulkhead_shared::message::Piece;
+
+use crate::text::detokenizer::Detokenizer;
+use crate::text::error::TextError;
+use crate::text::harmony::Markers;
+use crate::text::harmony::parse::{Ending, Parser};
+use crate::text::stop::StopMatcher;
+use crate::text::tokenizer::Tokenizer;
+
+/// The form of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnswerKind {
+    /// Messages in the harmony format.
+    Harmony,
+    /// Plain text: everything is content, and special tokens stand for no text.
+    Plain,
+}
+
+/// Why no more tokens come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnswerEnd {
+    /// The last token was one of the model's end tokens.
+    Eos,
+    /// A stop string matched.
+    StopString,
+    /// The token limit or the end of the context: an unfinished tool call is dropped.
+    Length,
+}
+
+/// What one token brought.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pushed {
+    /// What the client gets now, in order; none of them is empty.
+    pub pieces: Vec<Piece>,
+    /// A stop string has matched: the answer is over.
+    pub stopped: bool,
+    /// The token counts as reasoning.
+    pub is_reasoning: bool,
+}
+
+/// One answer.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    tokenizer: Arc<Tokenizer>,
+    stop: StopMatcher,
+    form: Form,
+}
+
+#[derive(Clone, Debug)]
+enum Form {
+    Harmony(Box<Parser>),
+    Plain(Detokenizer),
+}
+
+impl Answer {
+    /// Starts an answer behind its prompt.
+    ///
+    /// # Errors
+    /// `NoHarmony` when the form is harmony and the tokenizer lacks its tokens.
+    pub fn new(kind: AnswerKind, stop: Vec<String>, tokenizer: Arc<Tokenizer>) -> Result<Answer, TextError> {
+        let form = match kind {
+            AnswerKind::Harmony => Form::Harmony(Box::new(Parser::new(Markers::of(&tokenizer)?))),
+            AnswerKind::Plain => Form::Plain(Detokenizer::default()),
+        };
+        Ok(Answer { tokenizer, stop: StopMatcher::new(stop), form })
+    }
+
+    /// Takes the next token, the end token included. After a stop string has matched, nothing comes out any more.
+    pub fn push(&mut self, token: u32) -> Pushed {
+        if self.stop.has_stopped() {
+            return Pushed { stopped: true, ..Pushed::default() };
+        }
+        let bytes = self.tokenizer.token_bytes(token);
+        let (pieces, is_reasoning) = match &mut self.form {
+            Form::Harmony(parser) => {
+                let parsed = parser.push(token, bytes);
+                (parsed.pieces, parsed.is_reasoning)
+            }
+            Form::Plain(text) => (vec![Piece::Content(text.push(bytes.unwrap_or_default()))], false),
+        };
+        Pushed { pieces: self.until_stop(pieces), stopped: self.stop.has_stopped(), is_reasoning }
+    }
+
+    /// Ends the answer and gives what was held back. Called once, after the last token.
+    pub fn finish(&mut self, end: AnswerEnd) -> Vec<Piece> {
+        let ending = match end {
+            AnswerEnd::Eos => Ending::Complete,
+            AnswerEnd::StopString | AnswerEnd::Length => Ending::Cut,
+        };
+        let pieces = match &mut self.form {
+            Form::Harmony(parser) => parser.finish(ending),
+            Form::Plain(text) => text.finish().map(|c| Piece::Content(c.into())).into_iter().collect(),
+        };
+        let mut pieces = self.until_stop(pieces);
+        if !self.stop.has_stopped() {
+            let held = self.stop.finish();
+            pieces.extend((!held.is_empty()).then_some(Piece::Content(held)));
+        }
+        pieces
+    }
+
+    /// Says whether the answer calls tools, by what has come out so far.
+    #[must_use]
+    pub fn has_tool_calls(&self) -> bool {
+        match &self.form {
+            Form::Harmony(parser) => parser.calls() > 0,
+            Form::Plain(_) => false,
+        }
+    }
+
+    /// Passes content through the stop strings, and drops everything behind a match.
+    fn until_stop(&mut self, pieces: Vec<Piece>) -> Vec<Piece> {
+        let mut kept = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            if self.stop.has_stopped() {
+                break;
+            }
+            match piece {
+                Piece::Content(text) => {
+                    let text = self.stop.push(&text);
+                    kept.extend((!text.is_empty()).then_some(Piece::Content(text)));
+                }
+                Piece::Reasoning(_) | Piece::ToolCall { .. } => kept.push(piece),
+            }
+        }
+        kept
+    }
+}

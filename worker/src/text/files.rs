@@ -1,0 +1,48 @@
+//! Reads the small files of a model folder whole, but never more than their kind can sensibly be.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use crate::text::error::TextError;
+
+/// Reads a file of at most `bytes_max` bytes; `None` where there is none.
+///
+/// # Errors
+/// `Read` when it exists and cannot be read; `FileTooLarge` above the limit, before anything is reserved for it.
+pub(crate) fn read_capped(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, TextError> {
+    let failed = |source| TextError::Read { path: path.to_owned(), source };
+    let too_large = |bytes| TextError::FileTooLarge { path: path.to_owned(), bytes, max: bytes_max };
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let bytes = file.metadata().map_err(failed)?.len();
+    if bytes > bytes_max {
+        return Err(too_large(bytes));
+    }
+    let mut content = Vec::new();
+    // The file may grow, or have no size to tell, so the limit holds for what is read too.
+    file.by_ref().take(bytes_max + 1).read_to_end(&mut content).map_err(failed)?;
+    match content.len() as u64 {
+        read if read > bytes_max => Err(too_large(read)),
+        _ => Ok(Some(content)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_read_up_to_its_limit() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("file");
+        assert!(matches!(read_capped(&path, 3), Ok(None)));
+        std::fs::write(&path, b"abc").expect("writable");
+        assert_eq!(read_capped(&path, 3).expect("at the limit"), Some(b"abc".to_vec()));
+        assert!(matches!(read_capped(&path, 2), Err(TextError::FileTooLarge { bytes: 3, max: 2, .. })));
+        assert!(matches!(read_capped(dir.path(), 1 << 20), Err(TextError::Read { .. })));
+    }
+}

@@ -1,0 +1,298 @@
+//! Text to token ids and token ids to bytes, by the model's tokenizer.json.
+//!
+//! Owns: the tokenizer and a table of the bytes of every ordinary token. Refuses: tokenizers that are not byte-level.
+//! Invariants: ordinary text never becomes a special token, however it is spelled; encoding neither adds tokens nor cuts
+//! text off; long texts are encoded chunk by chunk, which bounds memory and the regular expression's backtracking.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
+
+use crate::text::error::TextError;
+use crate::text::files::read_capped;
+
+/// Bytes of a tokenizer.json, at most. Those of published models have up to 35 MB.
+const FILE_BYTES_MAX: u64 = 128 << 20;
+
+/// Ids of a tokenizer, at most: the tables here are sized by the highest one.
+const TOKEN_IDS_MAX: u32 = 1 << 21;
+
+/// Bytes after which a text is cut at the next place where that changes nothing.
+const CHUNK_BYTES: usize = 64 << 10;
+
+/// Bytes of a text without such a place, at most. The regular expression engine gives up (by a panic) after ten million
+/// steps back in one match, and a white space run costs up to two a byte.
+const UNBROKEN_BYTES_MAX: usize = 2 << 20;
+
+/// A model's tokenizer. Threads can share it.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    chunking: Chunking,
+    special_ids: HashMap<String, u32>,
+    tokens: TokenTable,
+}
+
+/// Whether a text may be cut into chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Chunking {
+    /// The tokenizer splits words at white space before anything else, so a cut before a space changes nothing.
+    AtSpaces,
+    /// The tokenizer may join what stands before and behind a space.
+    Whole,
+}
+
+impl Tokenizer {
+    /// Opens the tokenizer.json of a model folder.
+    ///
+    /// # Errors
+    /// `Read`, `FileTooLarge`, `Tokenizer` for a file that is missing, too long or malformed; `Decoder` and `Alphabet` for
+    /// one that is not byte-level; `TokenId` for an id that no sound vocabulary has.
+    pub fn open(dir: &Path) -> Result<Tokenizer, TextError> {
+        let path = dir.join("tokenizer.json");
+        let content = read_capped(&path, FILE_BYTES_MAX)?
+            .ok_or_else(|| TextError::Read { path: path.clone(), source: std::io::ErrorKind::NotFound.into() })?;
+        let malformed = |source| TextError::Tokenizer { path: path.clone(), source };
+        let mut inner = tokenizers::Tokenizer::from_bytes(&content).map_err(malformed)?;
+        check_byte_level(&inner, &path)?;
+        inner.with_truncation(None).map_err(malformed)?;
+        inner.with_padding(None);
+        without_dropout(&mut inner);
+
+        let special_ids = special_ids(&inner);
+        let tokens = TokenTable::new(&inner, &path)?;
+        make_markers_text(&mut inner).map_err(malformed)?;
+        inner.set_encode_special_tokens(true);
+        Ok(Tokenizer { chunking: chunking(&inner), inner, special_ids, tokens })
+    }
+
+    /// Encodes ordinary text: nothing in it becomes a special token, and nothing is added.
+    ///
+    /// # Errors
+    /// `Unbroken` for a text without word boundaries that is too long; `Encode` and `SpecialFromText` when the tokenizer
+    /// is at fault.
+    pub fn encode_ordinary(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        let mut ids = Vec::new();
+        let mut rest = text;
+        while !rest.is_empty() {
+            let bytes = match self.chunking {
+                Chunking::AtSpaces => chunk_bytes(rest),
+                Chunking::Whole => rest.len(),
+            };
+            if bytes > UNBROKEN_BYTES_MAX {
+                return Err(TextError::Unbroken { bytes, max: UNBROKEN_BYTES_MAX });
+            }
+            let (chunk, behind) = rest.split_at(bytes);
+            let encoding = self.inner.encode_fast(chunk, false).map_err(|source| TextError::Encode { source })?;
+            ids.extend_from_slice(encoding.get_ids());
+            rest = behind;
+        }
+        match ids.iter().find(|id| self.is_special(**id)) {
+            Some(id) => Err(TextError::SpecialFromText { id: *id }),
+            None => Ok(ids),
+        }
+    }
+
+    /// Gives the bytes of an ordinary token: `None` for special ones and for ids that no token has. They need not be
+    /// whole characters.
+    #[must_use]
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.tokens.bytes(id)
+    }
+
+    /// Finds a special token by how it is spelled.
+    #[must_use]
+    pub fn special_id(&self, token: &str) -> Option<u32> {
+        self.special_ids.get(token).copied()
+    }
+
+    /// Says whether a token is special: a marker that stands for no text.
+    #[must_use]
+    pub fn is_special(&self, id: u32) -> bool {
+        self.tokens.is_special(id)
+    }
+
+    /// Gives the number of ids, gaps included: one more than the highest. The model may have more rows than that.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.tokens.places.len()
+    }
+
+    /// Says whether the vocabulary is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What each id stands for.
+#[derive(Debug)]
+struct TokenTable {
+    bytes: Vec<u8>,
+    /// One for each id.
+    places: Vec<Place>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// No token has this id.
+    Unused,
+    Special,
+    Ordinary {
+        start: u32,
+        length: u32,
+    },
+}
+
+impl TokenTable {
+    fn new(tokenizer: &tokenizers::Tokenizer, path: &Path) -> Result<TokenTable, TextError> {
+        let byte_of = byte_alphabet();
+        let mut vocabulary: Vec<(String, u32)> = tokenizer.get_vocab(true).into_iter().collect();
+        vocabulary.sort_unstable_by_key(|(_, id)| *id);
+        if let Some((_, id)) = vocabulary.last().filter(|(_, id)| *id >= TOKEN_IDS_MAX) {
+            return Err(TextError::TokenId { path: path.to_owned(), id: *id, max: TOKEN_IDS_MAX });
+        }
+        let added = tokenizer.get_added_tokens_decoder();
+        let mut table = TokenTable { bytes: Vec::new(), places: Vec::new() };
+        for (token, id) in vocabulary {
+            table.places.resize(table.places.len().max(id as usize + 1), Place::Unused);
+            table.places[id as usize] = match added.get(&id) {
+                Some(added) if added.special => Place::Special,
+                Some(added) => table.append(added.content.as_bytes()),
+                None => {
+                    // A character outside of the alphabet stands for itself.
+                    let bytes: Vec<u8> = token.chars().flat_map(|c| decode(c, &byte_of)).collect();
+                    table.append(&bytes)
+                }
+            };
+        }
+        Ok(table)
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Place {
+        let place = |length: usize| u32::try_from(length).expect("the file and so its tokens are shorter than 4 GiB");
+        let place = Place::Ordinary { start: place(self.bytes.len()), length: place(bytes.len()) };
+        self.bytes.extend_from_slice(bytes);
+        place
+    }
+
+    fn bytes(&self, id: u32) -> Option<&[u8]> {
+        match self.places.get(usize::try_from(id).ok()?)? {
+            Place::Ordinary { start, length } => Some(&self.bytes[*start as usize..(*start + *length) as usize]),
+            Place::Special | Place::Unused => None,
+        }
+    }
+
+    fn is_special(&self, id: u32) -> bool {
+        matches!(self.places.get(id as usize), Some(Place::Special))
+    }
+}
+
+/// Gives the character that stands for each byte in a byte-level vocabulary: printable ones for themselves, the others
+/// from U+0100 on, in order.
+///
+/// Source: openai/gpt-2 `encoder.py`, `bytes_to_unicode`.
+fn byte_alphabet() -> HashMap<char, u8> {
+    let mut next = 0x100;
+    (0..=255u8)
+        .map(|byte| match byte {
+            b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => (char::from(byte), byte),
+            _ => {
+                next += 1;
+                (char::from_u32(next - 1).expect("below U+0200 every number is a character"), byte)
+            }
+        })
+        .collect()
+}
+
+fn decode(character: char, byte_of: &HashMap<char, u8>) -> Vec<u8> {
+    match byte_of.get(&character) {
+        Some(byte) => vec![*byte],
+        None => character.to_string().into_bytes(),
+    }
+}
+
+/// Refuses tokenizers that do not write every byte as a character of its own.
+fn check_byte_level(tokenizer: &tokenizers::Tokenizer, path: &Path) -> Result<(), TextError> {
+    let decoder = match tokenizer.get_decoder() {
+        Some(DecoderWrapper::ByteLevel(_)) => None,
+        Some(DecoderWrapper::Sequence(_)) => Some("Sequence"),
+        Some(DecoderWrapper::Metaspace(_)) => Some("Metaspace"),
+        Some(DecoderWrapper::WordPiece(_)) => Some("WordPiece"),
+        Some(_) => Some("another decoder"),
+        None => Some("none"),
+    };
+    if let Some(decoder) = decoder {
+        return Err(TextError::Decoder { path: path.to_owned(), decoder });
+    }
+    let missing = byte_alphabet().into_iter().filter(|(character, _)| {
+        // Without the bare character, text with this byte would lose it.
+        tokenizer.token_to_id(&character.to_string()).is_none()
+    });
+    match missing.map(|(_, byte)| byte).min() {
+        Some(byte) => Err(TextError::Alphabet { path: path.to_owned(), byte }),
+        None => Ok(()),
+    }
+}
+
+/// Takes away the random choice that some tokenizers keep from their training.
+fn without_dropout(tokenizer: &mut tokenizers::Tokenizer) {
+    if let ModelWrapper::BPE(bpe) = tokenizer.get_model()
+        && bpe.dropout.is_some()
+    {
+        let mut bpe = bpe.clone();
+        bpe.dropout = None;
+        tokenizer.with_model(bpe);
+    }
+}
+
+fn special_ids(tokenizer: &tokenizers::Tokenizer) -> HashMap<String, u32> {
+    let added = tokenizer.get_added_tokens_decoder();
+    added.into_iter().filter(|(_, token)| token.special).map(|(id, token)| (token.content, id)).collect()
+}
+
+/// Makes ordinary text also of added tokens that look like markers and are not declared special, `<tool_call>` for one:
+/// a prompt must not forge them. Their ids still decode to their text.
+fn make_markers_text(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
+    let is_marker = |content: &str| {
+        (content.starts_with('<') && content.ends_with('>')) || (content.starts_with('[') && content.ends_with(']'))
+    };
+    let markers: Vec<AddedToken> = tokenizer
+        .get_added_tokens_decoder()
+        .into_values()
+        .filter(|token| !token.special && is_marker(&token.content))
+        .map(|token| token.special(true))
+        .collect();
+    tokenizer.add_special_tokens(markers)?;
+    Ok(())
+}
+
+/// Finds out whether long texts may be cut before spaces.
+///
+/// All published byte-level patterns (GPT-2, Llama 3, Qwen, o200k and their kin) end a piece at a space that follows
+/// something else than white space, and composing characters never reaches over a space.
+fn chunking(tokenizer: &tokenizers::Tokenizer) -> Chunking {
+    let normalizes_by_character = match tokenizer.get_normalizer() {
+        None | Some(NormalizerWrapper::NFC(_)) => true,
+        Some(_) => false,
+    };
+    let splits_words = |pre_tokenizer: &PreTokenizerWrapper| {
+        matches!(pre_tokenizer, PreTokenizerWrapper::Split(_))
+            || matches!(pre_tokenizer, PreTokenizerWrapper::ByteLevel(level) if level.use_regex)
+    };
+    let splits_at_spaces = match tokenizer.get_pre_tokenizer() {
+        Some(PreTokenizerWrapper::Sequence(sequence)) => sequence.as_ref().iter().any(splits_words),
+        Some(pre_tokenizer) => splits_words(pre_tokenizer),
+        None => false,
+    };
+    if normalizes_by_character && splits_at_spaces { Chunking::AtSpaces } else { Chunking::Whole }
+}
+
+/// Gives the length of the next chunk: up to the first place behind `CHUNK_BYTES` where a space follows something else than
+/// white space.
+fn chunk_bytes(text: &str) -> usize {
+    let bytes = text.as_bytes();
+    let is_cut = |at: &usize| bytes[*at] == b' ' && text[..*at].chars().next_back().is_some_and(|c| !c.is_whitespace());
+    (CHUNK_BYTES..bytes.len()).find(is_cut).unwrap_or(bytes.len())
+}
