@@ -14,9 +14,12 @@ use safetensors::{Dtype, SafeTensorError};
 use serde::Deserialize;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, read_limited};
+use crate::engine::single::Single;
 use crate::model::config::{Config, ConfigError};
+use crate::model::decoder::Decoder;
 use crate::model::reference::{Precision, Reference};
 use crate::model::weights::{Quantize, Weights, load};
+use crate::quant::cpu::Cpu;
 
 /// Bytes of the input file, at most.
 const INPUT_BYTES_MAX: u64 = 64 << 20;
@@ -122,9 +125,12 @@ pub enum EvalError {
         /// The first id that does not exist.
         vocab_size: usize,
     },
-    /// The served decoder is not part of this build.
-    #[error("--path fast is not part of this build, use --path reference")]
-    NoFastPath,
+    /// The served decoder has one precision.
+    #[error("--path fast computes in f32 and has no --dtype bf16: leave --dtype out, or use --path reference")]
+    FastInBf16,
+    /// The system refused threads.
+    #[error("threads could not be started: {0}")]
+    Threads(#[source] rayon::ThreadPoolBuildError),
     /// The tensor library refused an operation.
     #[error("computing the logits failed: {0}")]
     Compute(#[source] candle_core::Error),
@@ -189,11 +195,12 @@ pub fn run(args: &EvalArgs) -> Result<(), EvalError> {
         WeightChoice::Nf4 => Quantize::Nf4,
     };
     let weights = load(&checkpoint, &config, quantize, &mut |_, _, _| {})?;
+    let vocab_size = config.vocab_size;
     let computed = match args.decoder_path {
         DecoderPath::Reference => reference_path(args, &config, &weights, &tokens)?,
-        DecoderPath::Fast => fast_path(args, &config, &weights, &tokens)?,
+        DecoderPath::Fast => fast_path(args, config, weights, &tokens)?,
     };
-    write_output(&args.output, &computed, tokens.len(), config.vocab_size)
+    write_output(&args.output, &computed, tokens.len(), vocab_size)
 }
 
 /// Reads and checks the prompt.
@@ -220,28 +227,44 @@ fn reference_path(args: &EvalArgs, config: &Config, weights: &Weights, tokens: &
         ValueType::Bf16 => Precision::Bf16,
     };
     let mut reference = Reference::new(config, weights, precision);
-    let mut step = |tokens: &[u32]| -> Result<Vec<f32>, EvalError> {
+    compute(args.greedy, config.vocab_size, tokens, |tokens| {
         let logits = reference.logits(tokens).and_then(|logits| logits.flatten_all()?.to_vec1::<f32>());
         logits.map_err(EvalError::Compute)
-    };
+    })
+}
+
+/// Computes with the decoder that is served, which keeps keys and values in bf16 and everything else in f32.
+fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) -> Result<Computed, EvalError> {
+    if args.dtype == ValueType::Bf16 {
+        return Err(EvalError::FastInBf16);
+    }
+    let (greedy, vocab_size) = (args.greedy, config.vocab_size);
+    let length = u32::try_from(tokens.len() + greedy).expect("the limit on tokens is below u32");
+    let decoder = Decoder::new(config, weights, Cpu::start(0).map_err(EvalError::Threads)?);
+    let mut sequence = Single::new(&decoder, length);
+    compute(greedy, vocab_size, tokens, |tokens| Ok(sequence.feed(tokens)))
+}
+
+/// Feeds the prompt to a decoder, then its own choices, one at a time.
+fn compute(
+    greedy_count: usize,
+    vocab_size: usize,
+    tokens: &[u32],
+    mut step: impl FnMut(&[u32]) -> Result<Vec<f32>, EvalError>,
+) -> Result<Computed, EvalError> {
     let logits = step(tokens)?;
-    check_finite(&logits, config.vocab_size, 0)?;
-    let mut last = logits[logits.len() - config.vocab_size..].to_vec();
+    check_finite(&logits, vocab_size, 0)?;
+    let mut last = logits[logits.len() - vocab_size..].to_vec();
     let mut greedy = Vec::new();
-    while greedy.len() < args.greedy {
+    while greedy.len() < greedy_count {
         let token = most_likely(&last);
         greedy.push(i64::from(token));
-        if greedy.len() < args.greedy {
+        if greedy.len() < greedy_count {
             last = step(&[token])?;
-            check_finite(&last, config.vocab_size, tokens.len() + greedy.len() - 1)?;
+            check_finite(&last, vocab_size, tokens.len() + greedy.len() - 1)?;
         }
     }
     Ok(Computed { logits, greedy })
-}
-
-/// Computes with the decoder that is served.
-fn fast_path(_args: &EvalArgs, _config: &Config, _weights: &Weights, _tokens: &[u32]) -> Result<Computed, EvalError> {
-    Err(EvalError::NoFastPath)
 }
 
 /// Finds the token with the largest logit, the lowest id on a tie.

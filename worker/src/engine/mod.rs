@@ -1,3 +1,230 @@
-//! The engine: what turns requests into tokens, step by step.
+//! The engine: which sequences run, what each step computes, and what comes of it.
+//!
+//! A loop of steps on one thread: take in, drop what was cancelled, schedule, reserve blocks, compute one ragged batch,
+//! choose tokens, emit. Refuses to tokenise or render: that is done before a sequence arrives here.
 
+pub mod intake;
+pub mod kv_cache;
 pub mod sampler;
+pub mod schedule;
+pub mod sequence;
+pub mod single;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use bulkhead_shared::message::{Failure, FromWorker};
+use crossbeam_channel::{Receiver, Sender};
+
+use self::kv_cache::{Exhausted, KvCache};
+use self::sampler::{NonFinite, Scratch};
+use self::schedule::share_rows;
+use self::sequence::{Advance, Sequence};
+use crate::model::batch::{Batch, Row};
+use crate::model::decoder::Decoder;
+
+/// Tokens that one step computes at most. Larger steps read the weights less often, smaller ones let running answers go
+/// on sooner while a long prompt is taken in.
+pub const STEP_TOKENS_MAX: u32 = 256;
+
+/// Why the engine ended.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The model computes nonsense; only a new process may try again.
+    #[error("a logit is not a finite number")]
+    NonFinite(#[source] NonFinite),
+}
+
+/// What the engine tells the thread that answers pings. Written by the engine alone.
+#[derive(Debug, Default)]
+pub struct Status {
+    /// Sequences that run or wait.
+    pub sequences: AtomicU32,
+    /// Free blocks of KV cache.
+    pub blocks_free: AtomicU32,
+}
+
+/// How the engine may run.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineLimits {
+    /// Sequences in one batch.
+    pub sequences_max: usize,
+    /// A pause after each step, for tests of what happens meanwhile.
+    pub step_delay: Duration,
+}
+
+/// The state of the loop.
+#[derive(Debug)]
+pub struct Engine {
+    decoder: Arc<Decoder>,
+    cache: KvCache,
+    limits: EngineLimits,
+    status: Arc<Status>,
+    inbox: Receiver<Sequence>,
+    outbox: Sender<FromWorker>,
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+    scratch: Scratch,
+}
+
+impl Engine {
+    /// Makes an engine that takes sequences from `inbox` and answers to `outbox`.
+    #[must_use]
+    pub fn new(
+        decoder: Arc<Decoder>,
+        cache: KvCache,
+        limits: EngineLimits,
+        status: Arc<Status>,
+        (inbox, outbox): (Receiver<Sequence>, Sender<FromWorker>),
+    ) -> Engine {
+        status.blocks_free.store(cache.blocks().1, Ordering::Relaxed);
+        let (waiting, running, scratch) = (VecDeque::new(), Vec::new(), Scratch::default());
+        Engine { decoder, cache, limits, status, inbox, outbox, waiting, running, scratch }
+    }
+
+    /// Runs until no more sequence can come.
+    ///
+    /// Blocking: waits for sequences while there are none.
+    ///
+    /// # Errors
+    /// `NonFinite` when the model's result cannot be used.
+    pub fn run(mut self) -> Result<(), EngineError> {
+        loop {
+            if !self.take_in() {
+                return Ok(());
+            }
+            self.drop_cancelled();
+            self.admit();
+            self.step()?;
+            self.publish();
+            if !self.limits.step_delay.is_zero() {
+                std::thread::sleep(self.limits.step_delay);
+            }
+        }
+    }
+
+    /// Takes what has arrived, waiting for it when there is nothing else to do. False: nothing more will come.
+    fn take_in(&mut self) -> bool {
+        if self.running.is_empty() && self.waiting.is_empty() {
+            match self.inbox.recv() {
+                Ok(sequence) => self.waiting.push_back(sequence),
+                Err(_) => return false,
+            }
+        }
+        self.waiting.extend(self.inbox.try_iter());
+        self.publish();
+        true
+    }
+
+    fn drop_cancelled(&mut self) {
+        let running = self.running.extract_if(.., |sequence| sequence.is_cancelled());
+        let (waiting, kept): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(Sequence::is_cancelled);
+        self.waiting = kept;
+        let cancelled: Vec<Sequence> = running.chain(waiting).collect();
+        for mut sequence in cancelled {
+            self.cache.release(&mut sequence.blocks);
+            self.emit(FromWorker::Failed { id: sequence.id, failure: Failure::Cancelled });
+        }
+    }
+
+    fn admit(&mut self) {
+        while self.running.len() < self.limits.sequences_max {
+            let Some(sequence) = self.waiting.pop_front() else { return };
+            self.running.push(sequence);
+        }
+    }
+
+    /// Computes one batch and hands its results to the sequences.
+    fn step(&mut self) -> Result<(), EngineError> {
+        let shares = self.reserve();
+        if shares.is_empty() {
+            return Ok(());
+        }
+        let batch = assemble(&self.running, &shares);
+        let outputs = batch.outputs.len();
+        let mut logits = self.decoder.forward(&batch, &mut self.cache);
+        let vocabulary = logits.len() / outputs.max(1);
+        let mut logits = logits.chunks_exact_mut(vocabulary.max(1));
+        let mut ended = Vec::new();
+        for (index, rows) in shares.into_iter().enumerate() {
+            let sequence = &mut self.running[index];
+            sequence.computed += rows;
+            self.cache.release_behind(&mut sequence.blocks, sequence.computed);
+            if !sequence.wants_token() {
+                continue;
+            }
+            let logits = logits.next().expect("each sequence that wants a token has an output row");
+            let advance = sequence.advance(logits, &mut self.scratch).map_err(EngineError::NonFinite)?;
+            let frames = match advance {
+                Advance::Goes(delta) => vec![delta],
+                Advance::Ends(delta, done) => {
+                    ended.push(index);
+                    vec![delta, done]
+                }
+            };
+            frames.into_iter().for_each(|frame| self.emit(frame));
+        }
+        for index in ended.into_iter().rev() {
+            let mut sequence = self.running.remove(index);
+            self.cache.release(&mut sequence.blocks);
+        }
+        Ok(())
+    }
+
+    /// Decides how many rows each running sequence gets and takes blocks for them. When blocks run out, the sequence that
+    /// came last gives its own back and waits to be computed anew.
+    fn reserve(&mut self) -> Vec<u32> {
+        'again: loop {
+            let pending: Vec<u32> = self.running.iter().map(Sequence::pending).collect();
+            let shares = share_rows(&pending, STEP_TOKENS_MAX);
+            for (sequence, rows) in self.running.iter_mut().zip(&shares) {
+                let tokens = sequence.computed + rows;
+                if let Err(Exhausted) = self.cache.reserve(&mut sequence.blocks, tokens) {
+                    self.preempt_last();
+                    continue 'again;
+                }
+            }
+            return shares;
+        }
+    }
+
+    fn preempt_last(&mut self) {
+        assert!(self.running.len() > 1, "the cache holds at least one whole context");
+        let mut sequence = self.running.pop().expect("more than one runs");
+        self.cache.release(&mut sequence.blocks);
+        sequence.computed = 0;
+        self.waiting.push_front(sequence);
+    }
+
+    fn publish(&self) {
+        let sequences = self.running.len() + self.waiting.len();
+        self.status.sequences.store(u32::try_from(sequences).unwrap_or(u32::MAX), Ordering::Relaxed);
+        self.status.blocks_free.store(self.cache.blocks().1, Ordering::Relaxed);
+    }
+
+    /// Sends a frame. When the link is gone the process is about to end, and nobody is left to tell.
+    fn emit(&self, frame: FromWorker) {
+        let _ = self.outbox.send(frame);
+    }
+}
+
+/// Puts each sequence's next rows into one batch; the last row of a sequence that is fully computed gives logits.
+fn assemble<'a>(running: &'a [Sequence], shares: &[u32]) -> Batch<'a> {
+    let mut batch = Batch { rows: Vec::new(), blocks: Vec::new(), outputs: Vec::new() };
+    for (index, (sequence, rows)) in running.iter().zip(shares).enumerate() {
+        let positions = sequence.computed..sequence.computed + rows;
+        batch.blocks.push(&sequence.blocks);
+        batch.rows.extend(positions.clone().map(|position| Row {
+            sequence: index,
+            position,
+            token: sequence.tokens[position as usize],
+        }));
+        if *rows > 0 && positions.end as usize == sequence.tokens.len() {
+            batch.outputs.push(batch.rows.len() - 1);
+        }
+    }
+    batch
+}

@@ -6,6 +6,7 @@
 //! Invariant: every matrix is logically row-major, `rows` outputs by `cols` inputs, whatever the order of its bytes; its
 //! bytes are as long as that needs, and its block scales are finite.
 
+pub mod cpu;
 mod dense;
 pub mod dynamic;
 pub mod mxfp4;

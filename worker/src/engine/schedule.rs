@@ -1,0 +1,45 @@
+//! Who gets how many rows of a step. Pure.
+
+/// Shares the rows of a step among sequences by what each has pending.
+///
+/// Every sequence gets at least one row while there are rows (a running answer needs just one), and what is left is dealt
+/// out evenly to those with long prompts, so that a short one is not stuck behind a long one.
+#[must_use]
+pub fn share_rows(pending: &[u32], rows_max: u32) -> Vec<u32> {
+    let mut shares = vec![0; pending.len()];
+    let mut left = rows_max;
+    while left > 0 {
+        let hungry: Vec<usize> = (0..pending.len()).filter(|i| shares[*i] < pending[*i]).collect();
+        if hungry.is_empty() {
+            break;
+        }
+        let each = (left / u32::try_from(hungry.len()).unwrap_or(u32::MAX)).max(1);
+        for index in hungry {
+            let more = each.min(pending[index] - shares[index]).min(left);
+            shares[index] += more;
+            left -= more;
+        }
+    }
+    shares
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share_rows;
+
+    #[test]
+    fn rows_go_first_to_running_answers_then_evenly_to_prompts() {
+        for (pending, rows_max, expected) in [
+            (vec![], 8, vec![]),
+            (vec![1], 8, vec![1]),
+            (vec![100], 8, vec![8]),
+            (vec![1, 100, 1], 8, vec![1, 6, 1]),
+            (vec![100, 100], 8, vec![4, 4]),
+            (vec![100, 2, 100], 8, vec![3, 2, 3]),
+            (vec![0, 3], 8, vec![0, 3]),
+            (vec![1, 1, 1], 2, vec![1, 1, 0]),
+        ] {
+            assert_eq!(share_rows(&pending, rows_max), expected, "{pending:?} of {rows_max}");
+        }
+    }
+}

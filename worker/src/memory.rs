@@ -1,0 +1,217 @@
+//! The plan: what goes where in memory, decided before the first allocation. Pure but for one reader of /proc.
+
+use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
+use bulkhead_shared::message::{Facts, LoadPlan, MemoryKind};
+use bulkhead_shared::units::Bytes;
+
+use crate::engine::STEP_TOKENS_MAX;
+use crate::engine::kv_cache::{BLOCK_TOKENS, KvShape};
+use crate::model::config::Config;
+use crate::model::decoder::Decoder;
+
+/// Sequences in a batch when the supervisor leaves it open.
+const SEQUENCES_DEFAULT: u32 = 8;
+
+/// The share of the free memory, weights taken off, that the KV cache gets when its size is left open: one half.
+const KV_SHARE: u64 = 2;
+
+/// The smallest context that is worth serving when memory does not allow the model's own.
+const CONTEXT_TOKENS_MIN: u32 = 1024;
+
+/// What a worker will hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Tokens of one sequence.
+    pub context_tokens: u32,
+    /// The model's own context, where memory forced a smaller one.
+    pub context_given_up: Option<u32>,
+    /// Sequences in one batch.
+    pub sequences: u32,
+    /// Blocks of the KV cache for layers that see the whole context.
+    pub full_blocks: u32,
+    /// Bytes of the weights.
+    pub weights: Bytes,
+    /// Bytes of the KV cache.
+    pub kv: Bytes,
+    /// Bytes of the activations of one step.
+    pub scratch: Bytes,
+}
+
+/// Why a plan cannot be made.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// More context was asked for than the model has.
+    #[error("context_tokens is {asked}, but the model's context is {model}: set it to at most {model}")]
+    ContextBeyondModel {
+        /// The setting.
+        asked: u32,
+        /// The model's.
+        model: u32,
+    },
+    /// One whole context does not fit.
+    #[error(
+        "a context of {context} tokens needs {needed} of KV cache, and {granted} can be had: \
+         set context_tokens to at most {fits}, or give more memory"
+    )]
+    ContextTooLarge {
+        /// The context in tokens.
+        context: u32,
+        /// What it needs.
+        needed: Bytes,
+        /// What there is.
+        granted: Bytes,
+        /// The context that would fit.
+        fits: u32,
+    },
+}
+
+/// Plans the memory of a model on the processor.
+///
+/// # Errors
+/// See `PlanError`. A context that the supervisor left open is made smaller to fit, and the plan says so.
+pub fn plan(config: &Config, weights: Bytes, asked: &LoadPlan, available: Bytes) -> Result<MemoryPlan, PlanError> {
+    let model_context = u32::try_from(config.context_tokens).unwrap_or(u32::MAX).min(CONTEXT_TOKENS_MAX);
+    let context = match asked.context_tokens {
+        0 => model_context,
+        tokens if tokens > model_context => {
+            return Err(PlanError::ContextBeyondModel { asked: tokens, model: model_context });
+        }
+        tokens => tokens,
+    };
+    let sequences = match asked.sequences_max {
+        0 => SEQUENCES_DEFAULT,
+        count => count.min(WORKER_REQUESTS_MAX as u32),
+    };
+    let shape = KvShape::of(config);
+    let windows = u64::from(sequences) * shape.window_bytes(STEP_TOKENS_MAX);
+    let block = shape.full_block_bytes();
+    let scratch = Bytes(Decoder::scratch_bytes(config, u64::from(STEP_TOKENS_MAX)));
+    let granted = match asked.kv_bytes.0 {
+        0 => Bytes(available.0.saturating_sub(weights.0 + scratch.0) / KV_SHARE),
+        bytes => Bytes(bytes),
+    };
+    let blocks_granted = granted.0.saturating_sub(windows).checked_div(block).unwrap_or(u64::MAX);
+    let blocks_of = |tokens: u32| u64::from(tokens.div_ceil(BLOCK_TOKENS));
+    let fits = u32::try_from(blocks_granted.saturating_mul(u64::from(BLOCK_TOKENS))).unwrap_or(u32::MAX);
+    let (context, given_up) = match blocks_of(context) <= blocks_granted {
+        true => (context, None),
+        false if asked.context_tokens == 0 && fits >= CONTEXT_TOKENS_MIN => (fits, Some(context)),
+        false => {
+            let needed = Bytes(blocks_of(context) * block + windows);
+            return Err(PlanError::ContextTooLarge { context, needed, granted, fits });
+        }
+    };
+    let full_blocks = blocks_granted.min(blocks_of(context) * u64::from(sequences));
+    Ok(MemoryPlan {
+        context_tokens: context,
+        context_given_up: given_up,
+        sequences,
+        full_blocks: u32::try_from(full_blocks).unwrap_or(u32::MAX),
+        weights,
+        kv: Bytes(full_blocks * block + windows),
+        scratch,
+    })
+}
+
+impl MemoryPlan {
+    /// States the plan as facts for the supervisor.
+    #[must_use]
+    pub fn facts(&self, config: &Config, device: String, quantization: &str) -> Facts {
+        Facts {
+            context_tokens: self.context_tokens,
+            block_tokens: BLOCK_TOKENS,
+            blocks: self.full_blocks,
+            vocabulary: u32::try_from(config.vocab_size).unwrap_or(u32::MAX),
+            memory: vec![
+                (MemoryKind::Weights, self.weights),
+                (MemoryKind::KvCache, self.kv),
+                (MemoryKind::Scratch, self.scratch),
+            ],
+            device,
+            quantization: quantization.to_owned(),
+        }
+    }
+}
+
+/// Reads how much memory the system could give without swapping. `None` where /proc does not say.
+#[must_use]
+pub fn available_memory() -> Option<Bytes> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(Bytes(kib.checked_mul(1024)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The dimensions of gpt-oss-20b, whose figures are published.
+    fn config() -> Config {
+        let layers: Vec<String> =
+            (0..24).map(|i| if i % 2 == 0 { "\"sliding_attention\"" } else { "\"full_attention\"" }.into()).collect();
+        let text = format!(
+            r#"{{"model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+            "num_hidden_layers": 24, "layer_types": [{}], "num_attention_heads": 64, "num_key_value_heads": 8,
+            "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128,
+            "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 150000.0,
+            "attention_bias": true, "tie_word_embeddings": false, "eos_token_id": 200002,
+            "rope_scaling": {{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096, "truncate": false}}}}"#,
+            layers.join(",")
+        );
+        Config::parse(text.as_bytes(), "config.json").expect("a whole configuration")
+    }
+
+    fn asked(context_tokens: u32, sequences_max: u32, kv_bytes: u64) -> LoadPlan {
+        LoadPlan {
+            model_dir: "/models/20b".into(),
+            device: bulkhead_shared::message::DeviceChoice::Cpu,
+            threads: 0,
+            context_tokens,
+            sequences_max,
+            kv_bytes: Bytes(kv_bytes),
+            step_delay_ms: 0,
+        }
+    }
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn a_token_of_the_20b_takes_24576_bytes_in_its_whole_context_layers() {
+        let plan = plan(&config(), Bytes(12 * GIB), &asked(131_072, 1, 0), Bytes(64 * GIB)).expect("fits");
+        let windows = KvShape::of(&config()).window_bytes(STEP_TOKENS_MAX);
+        assert_eq!(plan.kv.0 - windows, 24_576 * 131_072);
+        assert_eq!((plan.context_tokens, plan.full_blocks), (131_072, 4096));
+    }
+
+    #[test]
+    fn a_context_that_was_left_open_shrinks_to_fit_and_says_so() {
+        let plan = plan(&config(), Bytes(12 * GIB), &asked(0, 4, 0), Bytes(16 * GIB)).expect("a smaller context fits");
+        assert_eq!(plan.context_given_up, Some(131_072));
+        assert!((CONTEXT_TOKENS_MIN..131_072).contains(&plan.context_tokens));
+        assert!(plan.kv.0 <= 2 * GIB, "{} is more than was granted", plan.kv);
+    }
+
+    #[test]
+    fn a_context_that_was_asked_for_is_never_made_smaller() {
+        let error = plan(&config(), Bytes(12 * GIB), &asked(131_072, 4, 0), Bytes(16 * GIB)).expect_err("no room");
+        let PlanError::ContextTooLarge { context: 131_072, fits, .. } = error else { panic!("{error}") };
+        let second = plan(&config(), Bytes(12 * GIB), &asked(fits, 4, 0), Bytes(16 * GIB));
+        assert_eq!(second.expect("what the error says fits").context_tokens, fits);
+    }
+
+    #[test]
+    fn bounds_of_the_context_are_the_models() {
+        let at = |tokens| plan(&config(), Bytes(0), &asked(tokens, 1, 0), Bytes(64 * GIB));
+        assert!(at(131_072).is_ok());
+        assert_eq!(at(131_073), Err(PlanError::ContextBeyondModel { asked: 131_073, model: 131_072 }));
+    }
+
+    #[test]
+    fn a_cache_of_a_given_size_is_not_passed() {
+        let kv = 3 * GIB + 12345;
+        let plan = plan(&config(), Bytes(0), &asked(32_768, 64, kv), Bytes(1)).expect("fits");
+        assert!(plan.kv.0 <= kv, "{} is more than {kv}", plan.kv);
+    }
+}

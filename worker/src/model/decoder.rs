@@ -1,0 +1,194 @@
+//! The decoder that is served: gpt-oss over a ragged batch with a paged KV cache.
+//!
+//! Owns the weights and nothing of any request. Activations are f32, weights as stored, keys and values bf16. Every
+//! function below computes a token from its own row and its own sequence alone, in a fixed order, so equal tokens at equal
+//! positions give equal bits whatever the batch, the chunks or the threads. The plain twin is `model::reference`.
+//!
+//! A layer: `x += o(attention(norm(x)))`, then `x += mixture(norm(x))`.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::attention::{Heads, LayerAttention};
+use super::batch::Batch;
+use super::config::Config;
+use super::moe::{Activation, Mixture};
+use super::norm::rms_norm;
+use super::rope::RopeTable;
+use super::weights::{LayerWeights, Linear, Weights};
+use crate::engine::kv_cache::KvCache;
+use crate::quant::cpu::Cpu;
+
+/// A model ready to compute.
+#[derive(Debug)]
+pub struct Decoder {
+    config: Config,
+    weights: Weights,
+    cpu: Cpu,
+    rope: RopeTable,
+    /// Layers computed so far: a decoder whose count stands still while it has work is hung.
+    progress: AtomicU64,
+}
+
+/// What a step's layers share.
+struct Step<'a> {
+    batch: &'a Batch<'a>,
+    cache: &'a mut KvCache,
+    rotation: Rotation,
+}
+
+/// Cosines and sines of a batch's positions. Shapes: each [batch, half].
+struct Rotation {
+    /// Half a head's elements.
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Decoder {
+    /// Takes what a model is made of.
+    #[must_use]
+    pub fn new(config: Config, weights: Weights, cpu: Cpu) -> Decoder {
+        let rope = RopeTable::new(&config.rope);
+        Decoder { config, weights, cpu, rope, progress: AtomicU64::new(0) }
+    }
+
+    /// Gives the model's configuration.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Describes where the model computes, for people.
+    #[must_use]
+    pub fn describe_device(&self) -> String {
+        self.cpu.describe()
+    }
+
+    /// Gives the bytes of the weights as they are held.
+    #[must_use]
+    pub fn weights_bytes(&self) -> u64 {
+        self.weights.stored_bytes()
+    }
+
+    /// Gives the number of layers computed so far.
+    #[must_use]
+    pub fn progress(&self) -> u64 {
+        self.progress.load(Ordering::Relaxed)
+    }
+
+    /// Gives the bytes of activations that a step of `rows` tokens takes at most.
+    #[must_use]
+    pub fn scratch_bytes(config: &Config, rows: u64) -> u64 {
+        let hidden = config.hidden_size as u64;
+        let projected = ((config.heads + 2 * config.kv_heads) * config.head_dim) as u64;
+        let experts = config.experts_per_token as u64 * (4 * hidden + 3 * config.intermediate_size as u64);
+        let per_row = 6 * hidden + 3 * projected + experts + config.vocab_size as u64;
+        per_row * rows * size_of::<f32>() as u64
+    }
+
+    /// Computes a batch, writes its keys and values into the cache and returns the logits of its output rows.
+    ///
+    /// Shapes: -> [outputs, vocabulary].
+    ///
+    /// # Panics
+    /// When a token is outside the vocabulary or a sequence has no block for a row: the engine checks both before.
+    pub fn forward(&self, batch: &Batch<'_>, cache: &mut KvCache) -> Vec<f32> {
+        let hidden = self.config.hidden_size;
+        let mut x = vec![0.0; batch.rows.len() * hidden];
+        for (row, embedded) in batch.rows.iter().zip(x.chunks_exact_mut(hidden)) {
+            self.weights.embedding.decode_row(row.token as usize, embedded);
+        }
+        let mut step = Step { batch, cache, rotation: self.rotation(batch) };
+        let mut normalised = vec![0.0; x.len()];
+        let mut change = vec![0.0; x.len()];
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            rms_norm(&x, &layer.attention_norm, self.config.norm_eps, &mut normalised);
+            self.attention(index, &mut step, &normalised, &mut change);
+            add(&mut x, &change);
+            rms_norm(&x, &layer.mlp_norm, self.config.norm_eps, &mut normalised);
+            self.mixture(layer, &normalised, &mut change);
+            add(&mut x, &change);
+            self.progress.fetch_add(1, Ordering::Relaxed);
+        }
+        self.logits(batch, &x)
+    }
+
+    /// Shapes: x, out: [batch, hidden].
+    fn attention(&self, index: usize, step: &mut Step<'_>, x: &[f32], out: &mut [f32]) {
+        let heads = Heads { query: self.config.heads, kv: self.config.kv_heads, dim: self.config.head_dim };
+        let weights = &self.weights.layers[index].attention;
+        let mut queries = self.project(&weights.q, x);
+        let mut keys = self.project(&weights.k, x);
+        let values = self.project(&weights.v, x);
+        rotate(&mut queries, heads.query, &step.rotation);
+        rotate(&mut keys, heads.kv, &step.rotation);
+        let width = heads.kv * heads.dim;
+        let rows = step.batch.rows.iter().zip(keys.chunks_exact(width)).zip(values.chunks_exact(width));
+        for ((row, key), value) in rows {
+            step.cache.write(index, step.batch.blocks[row.sequence], row.position, key, value);
+        }
+        let mut attended = vec![0.0; queries.len()];
+        LayerAttention { cpu: &self.cpu, heads, sinks: &weights.sinks, cache: step.cache, layer: index }.attend(
+            step.batch,
+            &queries,
+            &mut attended,
+        );
+        weights.o.apply(&self.cpu, &attended, out);
+    }
+
+    /// Shapes: x: [batch, columns] -> [batch, rows].
+    fn project(&self, linear: &Linear, x: &[f32]) -> Vec<f32> {
+        let mut projected = vec![0.0; x.len() / linear.weight.cols() * linear.weight.rows()];
+        linear.apply(&self.cpu, x, &mut projected);
+        projected
+    }
+
+    /// Shapes: x, out: [batch, hidden].
+    fn mixture(&self, layer: &LayerWeights, x: &[f32], out: &mut [f32]) {
+        let activation = Activation { alpha: self.config.swiglu_alpha, limit: self.config.swiglu_limit };
+        let used = self.config.experts_per_token;
+        Mixture { cpu: &self.cpu, router: &layer.router, experts: &layer.experts, used, activation }.run(x, out);
+    }
+
+    fn rotation(&self, batch: &Batch<'_>) -> Rotation {
+        let half = self.config.head_dim / 2;
+        let (mut cos, mut sin) = (vec![0.0; batch.rows.len() * half], vec![0.0; batch.rows.len() * half]);
+        for ((row, cos), sin) in batch.rows.iter().zip(cos.chunks_exact_mut(half)).zip(sin.chunks_exact_mut(half)) {
+            self.rope.write(row.position as usize, cos, sin);
+        }
+        Rotation { half, cos, sin }
+    }
+
+    fn logits(&self, batch: &Batch<'_>, x: &[f32]) -> Vec<f32> {
+        let hidden = self.config.hidden_size;
+        let wanted: Vec<f32> =
+            batch.outputs.iter().flat_map(|row| &x[row * hidden..(row + 1) * hidden]).copied().collect();
+        let mut normalised = vec![0.0; wanted.len()];
+        rms_norm(&wanted, &self.weights.final_norm, self.config.norm_eps, &mut normalised);
+        let mut logits = vec![0.0; batch.outputs.len() * self.config.vocab_size];
+        if !logits.is_empty() {
+            self.cpu.matmul(&normalised, &self.weights.lm_head, None, &mut logits);
+        }
+        logits
+    }
+}
+
+/// Rotates the two halves of each head by the angles of its row's position.
+///
+/// Shapes: x: [batch, heads, head_dim]. Source: Su et al. 2021, "RoFormer", in the half-split pairing of GPT-NeoX.
+fn rotate(x: &mut [f32], heads: usize, rotation: &Rotation) {
+    for (row, x) in x.chunks_exact_mut(heads * 2 * rotation.half).enumerate() {
+        let angles = row * rotation.half..(row + 1) * rotation.half;
+        let (cos, sin) = (&rotation.cos[angles.clone()], &rotation.sin[angles]);
+        for head in x.chunks_exact_mut(2 * rotation.half) {
+            let (first, second) = head.split_at_mut(rotation.half);
+            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+    }
+}
+
+fn add(x: &mut [f32], change: &[f32]) {
+    x.iter_mut().zip(change).for_each(|(x, change)| *x += change);
+}

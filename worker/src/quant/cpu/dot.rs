@@ -1,0 +1,148 @@
+//! The dot product, once for each instruction set.
+//!
+//! All variants add in one order: sixteen partial sums, element `i` to sum `i % 16`, then the sums pairwise. The fused
+//! variants round once where the plain one rounds twice, so results are equal bit by bit on one machine and within
+//! rounding across machines.
+//!
+//! `unsafe` stands here only to call a function compiled for instructions that were detected before.
+
+/// A dot product of two vectors of one length.
+pub(super) type Dot = fn(&[f32], &[f32]) -> f32;
+
+const LANES: usize = 16;
+
+/// The widest instructions that this processor and this file both know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Instructions {
+    /// What every processor of the target has.
+    Baseline,
+    /// AVX2 with fused multiply-add.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 foundation.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Instructions {
+    /// Asks the processor.
+    pub(super) fn detect() -> Instructions {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") {
+                return Instructions::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                return Instructions::Avx2;
+            }
+        }
+        Instructions::Baseline
+    }
+
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Instructions::Baseline => "baseline",
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => "avx512",
+        }
+    }
+
+    pub(super) fn dot(self) -> Dot {
+        match self {
+            Instructions::Baseline => dot_plain,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2 => x86::dot_avx2,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => x86::dot_avx512,
+        }
+    }
+}
+
+fn dot_plain(a: &[f32], b: &[f32]) -> f32 {
+    dot_in_lanes(a, b, |x, y, sum| x * y + sum)
+}
+
+#[inline(always)]
+fn dot_in_lanes(a: &[f32], b: &[f32], multiply_add: impl Fn(f32, f32, f32) -> f32) -> f32 {
+    assert_eq!(a.len(), b.len(), "a dot product takes two vectors of one length");
+    let mut sums = [0.0f32; LANES];
+    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
+    let (b_lanes, b_rest) = b.as_chunks::<LANES>();
+    for (x, y) in a_lanes.iter().zip(b_lanes) {
+        for lane in 0..LANES {
+            sums[lane] = multiply_add(x[lane], y[lane], sums[lane]);
+        }
+    }
+    for (lane, (x, y)) in a_rest.iter().zip(b_rest).enumerate() {
+        sums[lane] = multiply_add(*x, *y, sums[lane]);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::dot_in_lanes;
+
+    pub(super) fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
+        #[target_feature(enable = "avx2,fma")]
+        fn fused(a: &[f32], b: &[f32]) -> f32 {
+            dot_in_lanes(a, b, f32::mul_add)
+        }
+        // SAFETY: `Instructions::detect` hands this function out only after the processor reported AVX2 and FMA.
+        unsafe { fused(a, b) }
+    }
+
+    pub(super) fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
+        #[target_feature(enable = "avx512f")]
+        fn fused(a: &[f32], b: &[f32]) -> f32 {
+            dot_in_lanes(a, b, f32::mul_add)
+        }
+        // SAFETY: `Instructions::detect` hands this function out only after the processor reported AVX-512F.
+        unsafe { fused(a, b) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vector(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn every_instruction_set_of_this_machine_agrees_with_plain_f64() {
+        let mut variants: Vec<(&str, Dot)> = vec![("baseline", Instructions::Baseline.dot())];
+        let detected = Instructions::detect();
+        variants.push((detected.as_str(), detected.dot()));
+        #[cfg(target_arch = "x86_64")]
+        if detected == Instructions::Avx512 {
+            variants.push(("avx2", Instructions::Avx2.dot()));
+        }
+        for len in [0, 1, 15, 16, 17, 64, 100, 2880] {
+            let (a, b) = (vector(len, 1), vector(len, 2));
+            let exact: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+            let size: f64 = a.iter().zip(&b).map(|(x, y)| (f64::from(*x) * f64::from(*y)).abs()).sum();
+            for (name, dot) in &variants {
+                let error = (f64::from(dot(&a, &b)) - exact).abs();
+                // Each partial sum rounds len / 16 times, half a unit in the last place each.
+                let tolerance = size * (len as f64 / 16.0 + 5.0) * f64::from(f32::EPSILON);
+                assert!(error <= tolerance, "{name}, length {len}: error {error:e} above {tolerance:e}");
+            }
+        }
+    }
+}

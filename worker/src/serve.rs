@@ -1,0 +1,246 @@
+//! `bulkhead-worker serve`: one incarnation, from the walls to the end of the link.
+//!
+//! Order: sandbox, `Hello`, `Load`, the model, threads, `Ready`; then this thread reads the link until it ends. The engine
+//! and the intake have threads of their own. Pings are answered here, so a busy engine does not look dead, and with the
+//! engine's progress, so a dead one does not look busy.
+
+use std::collections::HashMap;
+use std::net::Shutdown;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bulkhead_shared::exit::WorkerExit;
+use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
+use bulkhead_shared::message::{DeviceChoice, FromWorker, LoadPlan, PROTOCOL_VERSION, ToWorker};
+use bulkhead_shared::units::{Bytes, RequestId};
+use crossbeam_channel::Sender;
+use tracing::{error, info, warn};
+
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::engine::intake::{Arrival, Intake};
+use crate::engine::kv_cache::{KvCache, KvShape};
+use crate::engine::{Engine, EngineError, EngineLimits, STEP_TOKENS_MAX, Status};
+use crate::ipc::{self, Inbound, LinkError};
+use crate::memory::{self, PlanError};
+use crate::model::config::{Config, ConfigError};
+use crate::model::decoder::Decoder;
+use crate::model::weights::{self, Quantize};
+use crate::quant::cpu::Cpu;
+use crate::sandbox::Sandboxed;
+use crate::text::error::TextError;
+use crate::text::generation_config::GenerationConfig;
+use crate::text::tokenizer::Tokenizer;
+
+/// The least time between two reports of a load's progress.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Memory taken for granted where the system does not say how much is free.
+const AVAILABLE_DEFAULT: Bytes = Bytes(4 << 30);
+
+/// Why an incarnation ended other than in order.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The link.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// A message that is illegal in the state.
+    #[error("the supervisor sent {0} out of turn")]
+    OutOfTurn(&'static str),
+    /// More requests at once than agreed.
+    #[error("the supervisor sent more than {WORKER_REQUESTS_MAX} requests at once")]
+    TooManyRequests,
+    /// The model.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The model's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The model's text.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// The plan.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A device that this build cannot use.
+    #[error("this worker computes on the processor and cannot use CUDA device {0}")]
+    NoSuchDevice(u32),
+    /// A thread that the system refused.
+    #[error("a thread could not be started: {0}")]
+    Thread(#[source] std::io::Error),
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+impl ServeError {
+    /// Gives the exit code by which the supervisor tells the cause.
+    #[must_use]
+    pub fn exit(&self) -> WorkerExit {
+        match self {
+            ServeError::Link(_) | ServeError::OutOfTurn(_) | ServeError::TooManyRequests => WorkerExit::Protocol,
+            ServeError::Checkpoint(_) | ServeError::Config(_) | ServeError::Text(_) => WorkerExit::BadModel,
+            ServeError::Plan(_) | ServeError::NoSuchDevice(_) => WorkerExit::BadConfig,
+            ServeError::Thread(_) => WorkerExit::OutOfHostMemory,
+            ServeError::Engine(EngineError::NonFinite(_)) => WorkerExit::NonFinite,
+        }
+    }
+}
+
+/// A model with everything that requests need.
+struct Loaded {
+    decoder: Arc<Decoder>,
+    cache: KvCache,
+    intake: Intake,
+    sequences_max: usize,
+    ready: FromWorker,
+}
+
+/// Serves one model until the supervisor closes the link.
+///
+/// Blocking: for the life of the worker.
+///
+/// # Errors
+/// Each names what ended the worker; `exit` gives its code.
+pub fn run(proof: &Sandboxed) -> Result<(), ServeError> {
+    let (mut inbound, outbound) = ipc::open(proof)?;
+    say(&outbound.outbox, FromWorker::Hello { version: PROTOCOL_VERSION, layers: proof.layers().to_vec() });
+    let plan = match inbound.read()? {
+        Some(ToWorker::Load(plan)) => plan,
+        Some(_) => return Err(ServeError::OutOfTurn("a message before Load")),
+        None => return Ok(()),
+    };
+    let loaded = match load(&plan, &outbound.outbox) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            say(&outbound.outbox, FromWorker::LoadFailed { detail: ipc::detail(&error.to_string()) });
+            outbound.flush();
+            return Err(error);
+        }
+    };
+    let step_delay = Duration::from_millis(u64::from(plan.step_delay_ms));
+    let outbox = outbound.outbox;
+    Running::start(loaded, step_delay, &inbound, &outbox)?.read_until_end(&mut inbound, &outbox)
+}
+
+fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Loaded, ServeError> {
+    if let DeviceChoice::Cuda(index) = plan.device {
+        return Err(ServeError::NoSuchDevice(index));
+    }
+    let dir = Path::new(&plan.model_dir);
+    let checkpoint = Checkpoint::open(dir)?;
+    let config = Config::read(dir)?;
+    let tokenizer = Arc::new(Tokenizer::open(dir)?);
+    let defaults = GenerationConfig::open(dir)?;
+    let cpu = Cpu::start(plan.threads as usize).map_err(|error| ServeError::Thread(std::io::Error::other(error)))?;
+
+    let mut reported = None;
+    let weights = weights::load(&checkpoint, &config, Quantize::File, &mut |done, total, what| {
+        let due = reported.is_none_or(|at: Instant| at.elapsed() >= PROGRESS_INTERVAL) || done == total;
+        if due {
+            reported = Some(Instant::now());
+            say(outbox, FromWorker::Progress { done: Bytes(done), total: Bytes(total), what: ipc::detail(what) });
+        }
+    })?;
+    let available = memory::available_memory().unwrap_or(AVAILABLE_DEFAULT);
+    let planned = memory::plan(&config, Bytes(weights.stored_bytes()), plan, available)?;
+    if let Some(model) = planned.context_given_up {
+        warn!(context = planned.context_tokens, model, "context made smaller to fit memory");
+    }
+    info!(weights = %planned.weights, kv = %planned.kv, scratch = %planned.scratch, "model planned");
+    let cache = KvCache::new(KvShape::of(&config), planned.full_blocks, planned.sequences, STEP_TOKENS_MAX);
+    let ready = FromWorker::Ready(planned.facts(&config, cpu.describe(), weights.format_name()));
+    let intake = Intake {
+        eos: defaults.eos.clone().into(),
+        tokenizer,
+        defaults,
+        context_tokens: planned.context_tokens,
+        vocabulary: u32::try_from(config.vocab_size).unwrap_or(u32::MAX),
+    };
+    let decoder = Arc::new(Decoder::new(config, weights, cpu));
+    Ok(Loaded { decoder, cache, intake, sequences_max: planned.sequences as usize, ready })
+}
+
+/// A worker that takes requests.
+struct Running {
+    decoder: Arc<Decoder>,
+    status: Arc<Status>,
+    arrivals: Sender<Arrival>,
+    /// The flag of each request that has not ended; one that only this map holds has.
+    cancels: HashMap<RequestId, Arc<AtomicBool>>,
+    /// Why the engine ended, if it did.
+    engine_end: Arc<Mutex<Option<EngineError>>>,
+}
+
+impl Running {
+    fn start(
+        loaded: Loaded,
+        step_delay: Duration,
+        inbound: &Inbound,
+        outbox: &Sender<FromWorker>,
+    ) -> Result<Running, ServeError> {
+        let (sequence_sender, sequences) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
+        let (arrivals, arrived) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
+        loaded.intake.start(&arrived, &sequence_sender, outbox).map_err(ServeError::Thread)?;
+        let status = Arc::new(Status::default());
+        let limits = EngineLimits { sequences_max: loaded.sequences_max, step_delay };
+        let channels = (sequences, outbox.clone());
+        let engine = Engine::new(Arc::clone(&loaded.decoder), loaded.cache, limits, Arc::clone(&status), channels);
+        let engine_end = Arc::new(Mutex::new(None));
+        let (end, closer) = (Arc::clone(&engine_end), inbound.closer()?);
+        let run = move || {
+            if let Err(error) = engine.run() {
+                *end.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                // Wakes the thread that reads the link; should this fail, the supervisor's watchdog ends the process.
+                let _ = closer.shutdown(Shutdown::Read);
+            }
+        };
+        std::thread::Builder::new().name("engine".into()).spawn(run).map_err(ServeError::Thread)?;
+        say(outbox, loaded.ready);
+        Ok(Running { decoder: loaded.decoder, status, arrivals, cancels: HashMap::new(), engine_end })
+    }
+
+    fn read_until_end(mut self, inbound: &mut Inbound, outbox: &Sender<FromWorker>) -> Result<(), ServeError> {
+        while let Some(message) = inbound.read()? {
+            match message {
+                ToWorker::Load(_) => return Err(ServeError::OutOfTurn("a second Load")),
+                ToWorker::Generate(request) => self.generate(*request)?,
+                ToWorker::Cancel { id } => {
+                    if let Some(flag) = self.cancels.get(&id) {
+                        flag.store(true, Ordering::Relaxed);
+                    }
+                }
+                ToWorker::Ping { nonce } => say(outbox, self.pong(nonce)),
+            }
+        }
+        match self.engine_end.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            None => Ok(()),
+            Some(end) => {
+                error!(%end, "the engine ended");
+                Err(end.into())
+            }
+        }
+    }
+
+    fn generate(&mut self, request: bulkhead_shared::generate::Generate) -> Result<(), ServeError> {
+        self.cancels.retain(|_, flag| Arc::strong_count(flag) > 1);
+        let cancelled = Arc::new(AtomicBool::new(false));
+        self.cancels.insert(request.id, Arc::clone(&cancelled));
+        self.arrivals.try_send(Arrival { request, cancelled }).map_err(|_| ServeError::TooManyRequests)
+    }
+
+    fn pong(&self, nonce: u64) -> FromWorker {
+        FromWorker::Pong {
+            nonce,
+            progress: self.decoder.progress(),
+            sequences: self.status.sequences.load(Ordering::Relaxed),
+            blocks_free: self.status.blocks_free.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Says something to the supervisor. A closed outbox means that the link is gone, which the reader notices.
+fn say(outbox: &Sender<FromWorker>, message: FromWorker) {
+    let _ = outbox.send(message);
+}
