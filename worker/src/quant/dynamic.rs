@@ -13,8 +13,7 @@ pub fn dynamic_map() -> [f32; 256] {
     let mut values = vec![0.0f32, 1.0];
     for (exponent, magnitude) in MAGNITUDES.into_iter().enumerate() {
         let steps = 1usize << exponent;
-        // The edges are computed in f64 and rounded, the midpoints in f32: that is how the published tables come out.
-        let edge = |i: usize| if i == steps { 1.0 } else { (0.1 + (0.9 / steps as f64) * i as f64) as f32 };
+        let edge = |i| linspace(0.1, 1.0, steps, i);
         for i in 0..steps {
             let midpoint = (edge(i) + edge(i + 1)) / 2.0;
             values.extend([magnitude * midpoint, -(magnitude * midpoint)]);
@@ -22,6 +21,14 @@ pub fn dynamic_map() -> [f32; 256] {
     }
     values.sort_by(f32::total_cmp);
     values.try_into().expect("2 and twice 127 values")
+}
+
+/// Gives point `i` of an even division into `steps`, as PyTorch's `linspace` does on a processor with fused
+/// multiply-add: from the nearer end, in f32, rounded once. The last bits of the published code depend on it.
+fn linspace(start: f32, end: f32, steps: usize, i: usize) -> f32 {
+    let step = (end - start) / steps as f32;
+    let points = steps + 1;
+    if i < points / 2 { step.mul_add(i as f32, start) } else { (-step).mul_add((steps - i) as f32, end) }
 }
 
 #[cfg(test)]

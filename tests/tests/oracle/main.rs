@@ -1,0 +1,6 @@
+//! The numbers of the worker against those of the reference implementations (fixtures/oracle/README.md).
+
+mod layouts;
+mod logits;
+mod rope;
+mod vectors;
