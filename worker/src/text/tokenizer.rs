@@ -21,8 +21,8 @@ const TOKEN_IDS_MAX: u32 = 1 << 21;
 /// Bytes after which a text is cut at the next place where that changes nothing.
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// Bytes of a text without such a place, at most. The regular expression engine gives up (by a panic) after ten million
-/// steps back in one match, and a white space run costs up to two a byte.
+/// Bytes of a text without such a place, at most. The regular expression engine gives up, by a panic, after ten million
+/// steps back in one match, and some runs of one kind of character cost a step for each of them.
 const UNBROKEN_BYTES_MAX: usize = 2 << 20;
 
 /// A model's tokenizer. Threads can share it.

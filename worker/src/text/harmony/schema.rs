@@ -5,7 +5,7 @@
 //! everything is `any`.
 //!
 //! Source: openai-harmony 0.0.8, `json_schema_to_typescript`, its odd line breaks included, byte for byte. One addition:
-//! `anyOf` is written like `oneOf`; there it is `any`.
+//! `anyOf`, which is `any` there, is written like a list of types, since that is how Python's tools say `string | null`.
 
 use std::collections::HashSet;
 
@@ -40,6 +40,9 @@ fn type_of(schema: &Json, indent: &str, depth: usize) -> String {
     if let Some(variants) = variants_of(schema) {
         return union(variants, indent, depth);
     }
+    if let Some(variants @ [_, ..]) = schema.get_array("anyOf") {
+        return any_of(variants, indent, depth);
+    }
     if let Some(types) = schema.get_array("type") {
         let names: Vec<&str> = types.iter().filter_map(text).collect();
         if !names.is_empty() {
@@ -62,7 +65,7 @@ fn type_of(schema: &Json, indent: &str, depth: usize) -> String {
 }
 
 fn variants_of(schema: &Json) -> Option<&[Json]> {
-    schema.get_array("oneOf").or_else(|| schema.get_array("anyOf")).filter(|variants| !variants.is_empty())
+    schema.get_array("oneOf").filter(|variants| !variants.is_empty())
 }
 
 fn text(value: &Json) -> Option<&str> {
@@ -80,6 +83,15 @@ fn union(variants: &[Json], indent: &str, depth: usize) -> String {
         out.push_str(&trailing_comment([variant.get_str("description").map(str::to_owned), default]));
     }
     out
+}
+
+fn any_of(variants: &[Json], indent: &str, depth: usize) -> String {
+    let kind = |variant: &Json| match variant.get_str("type") {
+        Some("null") => "null".to_owned(),
+        Some(_) | None => type_of(variant, indent, depth + 1),
+    };
+    let kinds: Vec<String> = variants.iter().map(kind).collect();
+    kinds.join(" | ")
 }
 
 fn strings(schema: &Json) -> String {
@@ -178,4 +190,68 @@ fn is_enum(schema: &Json) -> bool {
 fn trailing_comment(parts: [Option<String>; 2]) -> String {
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     if parts.is_empty() { String::new() } else { format!(" // {}", parts.join(" ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(schema: &str, expected: &str) {
+        assert_eq!(typescript("f", schema).expect("is a schema"), expected, "{schema}");
+    }
+
+    /// The expected types are openai-harmony's own for these schemas.
+    #[test]
+    fn types_are_written_as_openai_harmony_does() {
+        let cases = [
+            (r##"{}"##, "any"),
+            (r##"{"type":"object"}"##, "{\n}"),
+            (
+                r##"{"type":"object","properties":{"a":{"type":["integer","null"]},"b":{"enum":["x","y"]},"c":{"type":"string","enum":["x","y"],"default":"x"},"d":{"type":"string","default":"x"},"e":{"type":"array"},"f":{"type":"null"},"g":{"$ref":"#/x"}},"required":["c","zz"]}"##,
+                "{\na?: number | null,\nb?: any,\nc: \"x\" | \"y\", // default: x\nd?: string, // default: \"x\"\ne?: Array<any>,\nf?: any,\ng?: any,\n}",
+            ),
+            (
+                r##"{"type":"object","properties":{"a":{"type":"string","title":"A title","description":"What it is","examples":["one","two",3]},"b":{"type":"string","nullable":true},"c":{"type":["string","null"],"nullable":true},"d":{"type":"integer","default":{"k":[1,null,"x"]}}}}"##,
+                "{\n// A title\n//\n// What it is\n// Examples:\n// - \"one\"\n// - \"two\"\na?: string,\nb?: string | null,\nc?: string | null,\nd?: number, // default: {\"k\":[1,null,\"x\"]}\n}",
+            ),
+            (
+                r##"{"type":"object","properties":{"u":{"description":"Either","default":"x","oneOf":[{"type":"string","description":"A text"},{"type":"number","description":"A number","default":3,"nullable":true},{"type":"string","enum":["p","q"],"default":"p"}]}},"required":["u"]}"##,
+                "{\n// Either\n// default: \"x\"\nu:\n | string\n | number | null // A number default: 3\n | \"p\" | \"q\" // default: p\n,\n}",
+            ),
+            (
+                r##"{"type":"object","properties":{"u":{"description":"Same","oneOf":[{"type":"string","description":"Same"},{"type":"number","description":"Same"}]}}}"##,
+                "{\nu?:\n | string\n | number\n,\n}",
+            ),
+            (
+                r##"{"type":"object","properties":{"u":{"type":"array","items":{"oneOf":[{"type":"string","description":"T","default":"z"},{"type":"string","enum":["p"],"default":"p"},{"type":"object","properties":{"x":{"type":"boolean"}}}]}}}}"##,
+                "{\nu?: \n     | string // T default: \"z\"\n     | \"p\" // default: \"p\"\n     | {\n       x?: boolean,\n       }[],\n}",
+            ),
+            (
+                r##"{"oneOf":[{"type":"object","description":"First","properties":{"x":{"type":"object","description":"Inner","properties":{}}}},{"type":"integer","nullable":true}]}"##,
+                "\n |    // First\n{\n   // Inner\n   x?:        // Inner\n{\n       },\n   } // First\n | number | null",
+            ),
+            (
+                r##"{"type":"object","description":"Top","properties":{"weird":3,"list":[1],"t":{"type":3},"types":{"type":[1]},"e":{"type":"string","enum":[1,2]},"r":{"type":"string","description":"two\nlines"}},"required":"x"}"##,
+                "// Top\n{\nweird?: any,\nlist?: any,\nt?: any,\ntypes?: any,\ne?: string,\n// two\nlines\nr?: string,\n}",
+            ),
+            (
+                r##"{"type":"object","properties":{"m":{"type":"array","items":{"type":"string","enum":["a","b"]}},"n":{"type":"array","items":{"type":["string","integer"]}}}}"##,
+                "{\nm?: \"a\" | \"b\"[],\nn?: string | number[],\n}",
+            ),
+        ];
+        for (schema, expected) in cases {
+            check(schema, expected);
+        }
+    }
+
+    #[test]
+    fn any_of_is_written_like_a_list_of_types() {
+        check(r#"{"anyOf":[{"type":"string"},{"type":"null"}]}"#, "string | null");
+        check(r#"{"anyOf":[]}"#, "any");
+        check(
+            r#"{"type":"object","properties":{"a":{"anyOf":[{"type":"integer"},{"type":"null"}],"default":null}}}"#,
+            "{\na?: number | null, // default: null\n}",
+        );
+        check(r#"{"anyOf":[{"type":"array","items":{"$ref":"x"}},{"anyOf":[{"type":"boolean"}]}]}"#, "any[] | boolean");
+    }
 }
