@@ -1,0 +1,170 @@
+//! Why an incarnation ended: told from its wait status and from what the supervisor did to it, never from text.
+
+use std::fmt;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+
+use bulkhead_shared::exit::WorkerExit;
+use nix::sys::signal::Signal;
+
+/// Why the supervisor killed an incarnation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KillReason {
+    /// It did not say `Hello` in time.
+    StartStalled,
+    /// Its load did not move for too long.
+    LoadStalled,
+    /// It had work, or a question to answer, and did not move.
+    Hang,
+    /// It broke the protocol.
+    Protocol,
+    /// It speaks another version of the protocol: no restart will help.
+    Version,
+    /// It could not answer the first token that was asked of it.
+    Canary,
+    /// It closed its link and stayed.
+    LinkClosed,
+    /// It was asked to end and did not in time.
+    StopTimeout,
+}
+
+impl KillReason {
+    /// Gives the words for logs and status lines.
+    #[must_use]
+    pub const fn describe(self) -> &'static str {
+        match self {
+            KillReason::StartStalled => "killed: it did not start in time",
+            KillReason::LoadStalled => "killed: its load did not move",
+            KillReason::Hang => "killed: it hung",
+            KillReason::Protocol => "killed: it broke the protocol",
+            KillReason::Version => "killed: it speaks another version of the protocol",
+            KillReason::Canary => "killed: it could not generate its first token",
+            KillReason::LinkClosed => "killed: it closed its link and stayed",
+            KillReason::StopTimeout => "killed: it did not end in time",
+        }
+    }
+}
+
+/// Why an incarnation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// The process could not be started at all.
+    NotStarted,
+    /// The worker ended itself, for this reason.
+    Exit(WorkerExit),
+    /// An exit code that no worker chooses: 101 is a Rust panic.
+    Crash {
+        /// The code.
+        code: i32,
+    },
+    /// A signal ended it, other than a SIGKILL.
+    Signal {
+        /// Its number.
+        signal: i32,
+    },
+    /// A SIGKILL that nobody here sent.
+    KilledFromOutside,
+    /// The supervisor killed it.
+    Killed(KillReason),
+}
+
+impl Cause {
+    /// Tells the cause from the wait status and from the reason for which the supervisor had killed it, if it had.
+    ///
+    /// A worker that crashed before the kill arrived keeps its own cause, except after a breach of protocol: what such
+    /// a worker says with its exit code is worth nothing.
+    #[must_use]
+    pub fn tell(status: ExitStatus, killed: Option<KillReason>) -> Cause {
+        match (killed, status.code(), status.signal()) {
+            (Some(reason @ (KillReason::Protocol | KillReason::Version)), _, _) => Cause::Killed(reason),
+            (_, Some(code), _) => WorkerExit::from_code(code).map_or(Cause::Crash { code }, Cause::Exit),
+            (Some(reason), None, Some(SIGKILL)) => Cause::Killed(reason),
+            (None, None, Some(SIGKILL)) => Cause::KilledFromOutside,
+            (_, None, Some(signal)) => Cause::Signal { signal },
+            (_, None, None) => Cause::Crash { code: status.into_raw() },
+        }
+    }
+
+    /// Says whether no restart can help.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        match self {
+            Cause::Exit(exit) => match exit {
+                WorkerExit::BadModel
+                | WorkerExit::BadConfig
+                | WorkerExit::Protocol
+                | WorkerExit::SandboxIncomplete
+                | WorkerExit::DeviceLost => true,
+                WorkerExit::Orderly
+                | WorkerExit::OutOfDeviceMemory
+                | WorkerExit::OutOfHostMemory
+                | WorkerExit::DriverPoisoned
+                | WorkerExit::NonFinite => false,
+            },
+            Cause::Killed(reason) => reason == KillReason::Version,
+            // A system call that the sandbox forbids: no retry of a break-in.
+            Cause::Signal { signal } => signal == Signal::SIGSYS as i32,
+            Cause::NotStarted | Cause::Crash { .. } | Cause::KilledFromOutside => false,
+        }
+    }
+}
+
+const SIGKILL: i32 = Signal::SIGKILL as i32;
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cause::NotStarted => f.write_str("could not be started"),
+            Cause::Exit(exit) => f.write_str(exit.describe()),
+            Cause::Crash { code: 101 } => f.write_str("crashed: it panicked"),
+            Cause::Crash { code } => write!(f, "crashed with exit code {code}"),
+            Cause::Signal { signal } => match Signal::try_from(*signal) {
+                Ok(name) => write!(f, "crashed by {name}"),
+                Err(_) => write!(f, "crashed by signal {signal}"),
+            },
+            Cause::KilledFromOutside => f.write_str("killed from outside"),
+            Cause::Killed(reason) => f.write_str(reason.describe()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_from_status_and_kill() {
+        let exited = |code: i32| ExitStatus::from_raw(code << 8);
+        let signalled = ExitStatus::from_raw;
+        for (status, killed, expected) in [
+            (exited(0), None, Cause::Exit(WorkerExit::Orderly)),
+            (exited(20), None, Cause::Exit(WorkerExit::BadModel)),
+            (exited(101), None, Cause::Crash { code: 101 }),
+            (exited(1), Some(KillReason::Hang), Cause::Crash { code: 1 }),
+            (exited(0), Some(KillReason::Protocol), Cause::Killed(KillReason::Protocol)),
+            (signalled(9), None, Cause::KilledFromOutside),
+            (signalled(9), Some(KillReason::Hang), Cause::Killed(KillReason::Hang)),
+            (signalled(11), None, Cause::Signal { signal: 11 }),
+            (signalled(11), Some(KillReason::StopTimeout), Cause::Signal { signal: 11 }),
+            (signalled(6 | 0x80), None, Cause::Signal { signal: 6 }),
+        ] {
+            assert_eq!(Cause::tell(status, killed), expected, "{status:?} {killed:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_a_restart_cannot_help_is_final() {
+        for (cause, is_final) in [
+            (Cause::Exit(WorkerExit::BadModel), true),
+            (Cause::Exit(WorkerExit::SandboxIncomplete), true),
+            (Cause::Exit(WorkerExit::OutOfHostMemory), false),
+            (Cause::Signal { signal: Signal::SIGSYS as i32 }, true),
+            (Cause::Signal { signal: Signal::SIGSEGV as i32 }, false),
+            (Cause::Killed(KillReason::Version), true),
+            (Cause::Killed(KillReason::Hang), false),
+            (Cause::KilledFromOutside, false),
+        ] {
+            assert_eq!(cause.is_final(), is_final, "{cause}");
+        }
+    }
+}

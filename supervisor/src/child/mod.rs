@@ -1,0 +1,151 @@
+//! The worker seen from outside: one child, through all its incarnations.
+//!
+//! Owns: the process, its link, and the shell around the state machine of [`lifecycle`]. Refuses: HTTP, JSON, and the
+//! order of requests, which is the queue's. Invariants: at most one process lives at a time; every process is reaped
+//! before the next one starts; a worker that breaks the protocol is killed; nothing here waits for a client.
+
+pub mod exit;
+pub mod lifecycle;
+mod link;
+mod protocol;
+mod run;
+pub mod spawn;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bulkhead_shared::generate::Generate;
+use bulkhead_shared::message::{Facts, FromWorker, Layer, LoadPlan};
+use bulkhead_shared::units::{Bytes, RequestId};
+use tokio::sync::{Notify, mpsc, watch};
+
+use crate::limits::CHILD_MESSAGES_MAX;
+use exit::Cause;
+use lifecycle::{Settings, State};
+use spawn::Spawner;
+
+/// What a child is told.
+#[derive(Debug)]
+pub enum Command {
+    /// Hand over a request.
+    Generate {
+        /// The incarnation that it is meant for; another one never sees it.
+        incarnation: u32,
+        /// The request.
+        generate: Box<Generate>,
+    },
+    /// Give up a request.
+    Cancel(RequestId),
+}
+
+/// What a child tells the queue.
+#[derive(Debug)]
+pub enum Report {
+    /// The worker takes requests.
+    Up {
+        /// Which incarnation.
+        incarnation: u32,
+    },
+    /// A checked message about a request: `Prompt`, `Delta`, `Done` or `Failed`.
+    Message(FromWorker),
+    /// The request cannot be put into a frame.
+    Unsendable(RequestId),
+    /// The incarnation ended, and with it every request that it was handed.
+    Down {
+        /// Which one.
+        incarnation: u32,
+        /// Why.
+        cause: Cause,
+    },
+    /// The child rests and will not come back by itself.
+    Resting {
+        /// `Stopped`, `Exited` or `Fatal`.
+        state: State,
+        /// Why, for people.
+        reason: String,
+    },
+}
+
+/// What is known about a child now.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Where it stands.
+    pub state: State,
+    /// Since when.
+    pub since: Instant,
+    /// Which incarnation this is; 0 before the first.
+    pub incarnation: u32,
+    /// The process, while there is one.
+    pub pid: Option<u32>,
+    /// What was loaded, while it is.
+    pub facts: Option<Facts>,
+    /// The isolation in force.
+    pub layers: Vec<Layer>,
+    /// How far the load is, while there is one.
+    pub progress: Option<Progress>,
+    /// How the last incarnation ended, for people.
+    pub last_end: Option<String>,
+    /// Blocks of KV cache that are free, by the last sign of life.
+    pub blocks_free: u32,
+    /// When the running worker last moved.
+    pub moved: Option<Instant>,
+}
+
+/// How far a load is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// What has been done.
+    pub done: Bytes,
+    /// What there is to do.
+    pub total: Bytes,
+    /// What is being done, for people.
+    pub what: String,
+}
+
+impl Status {
+    fn new(now: Instant) -> Status {
+        Status {
+            state: State::Stopped,
+            since: now,
+            incarnation: 0,
+            pid: None,
+            facts: None,
+            layers: Vec::new(),
+            progress: None,
+            last_end: None,
+            blocks_free: 0,
+            moved: None,
+        }
+    }
+
+    /// Counts the incarnations after the first.
+    #[must_use]
+    pub fn restarts(&self) -> u32 {
+        self.incarnation.saturating_sub(1)
+    }
+}
+
+/// The queue's end of a child.
+#[derive(Debug)]
+pub struct Child {
+    /// Commands, in order. Bounded: reserve before sending.
+    pub commands: mpsc::Sender<Command>,
+    /// Reports, in order. They must be taken at all times: the child waits when they are not.
+    pub reports: mpsc::Receiver<Report>,
+    /// What is known now.
+    pub status: watch::Receiver<Status>,
+    /// Notified once, it makes the child end its worker and then itself, with a last report.
+    pub stop: Arc<Notify>,
+}
+
+/// Starts a child and its first incarnation.
+#[must_use]
+pub fn start(spawner: Spawner, plan: LoadPlan, settings: Settings) -> Child {
+    let (command_sender, commands) = mpsc::channel(CHILD_MESSAGES_MAX);
+    let (reports, report_receiver) = mpsc::channel(CHILD_MESSAGES_MAX);
+    let (status_sender, status) = watch::channel(Status::new(Instant::now()));
+    let stop = Arc::new(Notify::new());
+    let ends = run::Ends { commands, reports, status: status_sender, stop: stop.clone() };
+    tokio::spawn(run::Runner::new(spawner, plan, settings, ends).run());
+    Child { commands: command_sender, reports: report_receiver, status, stop }
+}

@@ -1,0 +1,366 @@
+//! What a worker may say, and when: the check of every message that arrives.
+//!
+//! Pure. A worker is not trusted: whatever is illegal in the state, about an unknown request, or beyond a limit is a
+//! [`Violation`], and ends the incarnation. Invariant: a message that passed the check refers to a request that was sent
+//! and has not ended, and keeps every bound that `bulkhead_shared::limits` states.
+
+use std::collections::HashMap;
+
+use bulkhead_shared::generate::{Generate, Prompt};
+use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, DELTA_TEXT_BYTES_MAX, DELTA_TOKENS_MAX, DETAIL_BYTES_MAX};
+use bulkhead_shared::message::{Facts, Failure, FromWorker, PROTOCOL_VERSION, Piece, Usage};
+use bulkhead_shared::units::RequestId;
+
+use crate::limits::ANSWER_BYTES_MAX;
+
+/// How a worker broke the protocol.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Violation {
+    #[error("the worker speaks version {worker} of the protocol, the supervisor {supervisor}")]
+    Version { worker: u32, supervisor: u32 },
+    #[error("{message} is illegal in phase {phase:?}")]
+    Order { message: &'static str, phase: Phase },
+    #[error("{message} names request {id}, which is not running")]
+    UnknownRequest { message: &'static str, id: RequestId },
+    #[error("{message} of request {id} came before its prompt or twice")]
+    PromptOrder { message: &'static str, id: RequestId },
+    #[error("{what} of {value} exceeds {max}")]
+    TooMuch { what: &'static str, value: u64, max: u64 },
+    #[error("delta of request {id} has no tokens")]
+    EmptyDelta { id: RequestId },
+    #[error("pong carries nonce {nonce}, which was not asked")]
+    Nonce { nonce: u64 },
+    #[error("the facts of the model are contradictory: {what}")]
+    Facts { what: &'static str },
+    #[error("request {id} did not ask for a conversation and got a tool call")]
+    ToolCall { id: RequestId },
+}
+
+/// How far the conversation with a worker has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Nothing was said.
+    Silent,
+    /// `Hello` came.
+    Greeted,
+    /// `Load` was sent.
+    Loading,
+    /// `Ready` came.
+    Serving,
+    /// `LoadFailed` came: nothing may follow.
+    Failed,
+}
+
+/// The state of one conversation.
+#[derive(Debug)]
+pub(crate) struct Protocol {
+    phase: Phase,
+    requests: HashMap<RequestId, Outstanding>,
+    nonces: (u64, u64),
+}
+
+#[derive(Debug)]
+struct Outstanding {
+    is_chat: bool,
+    has_prompt: bool,
+    tokens: u64,
+    tokens_max: u64,
+    text_bytes: usize,
+}
+
+impl Protocol {
+    /// Begins with a worker that has said nothing.
+    pub(crate) fn new() -> Protocol {
+        Protocol { phase: Phase::Silent, requests: HashMap::new(), nonces: (0, 0) }
+    }
+
+    /// Notes that `Load` was sent.
+    pub(crate) fn load_sent(&mut self) {
+        assert_eq!(self.phase, Phase::Greeted, "a plan follows the greeting");
+        self.phase = Phase::Loading;
+    }
+
+    /// Notes that a request was sent.
+    pub(crate) fn generate_sent(&mut self, generate: &Generate) {
+        let outstanding = Outstanding {
+            is_chat: matches!(generate.prompt, Prompt::Chat(_)),
+            has_prompt: false,
+            tokens: 0,
+            tokens_max: generate.max_tokens.unwrap_or(CONTEXT_TOKENS_MAX).into(),
+            text_bytes: 0,
+        };
+        self.requests.insert(generate.id, outstanding);
+    }
+
+    /// Notes that a request could not be sent after all.
+    pub(crate) fn forget(&mut self, id: RequestId) {
+        self.requests.remove(&id);
+    }
+
+    /// Gives the nonce of a new ping.
+    pub(crate) fn next_nonce(&mut self) -> u64 {
+        self.nonces.1 += 1;
+        self.nonces.1
+    }
+
+    /// Counts the requests that were sent and have not ended.
+    pub(crate) fn outstanding(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// Checks a message and notes what it changes.
+    ///
+    /// # Errors
+    /// A `Violation` when the worker may not say this now.
+    pub(crate) fn check(&mut self, message: &FromWorker) -> Result<(), Violation> {
+        match message {
+            FromWorker::Hello { version, .. } => {
+                self.advance("hello", Phase::Silent, Phase::Greeted)?;
+                match *version {
+                    PROTOCOL_VERSION => Ok(()),
+                    worker => Err(Violation::Version { worker, supervisor: PROTOCOL_VERSION }),
+                }
+            }
+            FromWorker::Progress { what, .. } => {
+                self.advance("progress", Phase::Loading, Phase::Loading)?;
+                at_most("progress text", what.len(), DETAIL_BYTES_MAX)
+            }
+            FromWorker::Ready(facts) => {
+                self.advance("ready", Phase::Loading, Phase::Serving)?;
+                check_facts(facts)
+            }
+            FromWorker::LoadFailed { detail } => {
+                self.advance("load-failed", Phase::Loading, Phase::Failed)?;
+                at_most("load error", detail.len(), DETAIL_BYTES_MAX)
+            }
+            FromWorker::Prompt { id, tokens, cached } => {
+                let request = self.request("prompt", *id)?;
+                if std::mem::replace(&mut request.has_prompt, true) {
+                    return Err(Violation::PromptOrder { message: "prompt", id: *id });
+                }
+                at_most("prompt tokens", *tokens as usize, CONTEXT_TOKENS_MAX as usize)?;
+                at_most("cached tokens", *cached as usize, *tokens as usize)
+            }
+            FromWorker::Delta { id, tokens, pieces } => self.check_delta(*id, tokens, pieces),
+            FromWorker::Done { id, pieces, usage, .. } => self.check_done(*id, pieces, *usage),
+            FromWorker::Failed { id, failure } => {
+                self.request("failed", *id)?;
+                if let Failure::Invalid { param, detail } = failure {
+                    at_most("failure text", param.len() + detail.len(), DETAIL_BYTES_MAX)?;
+                }
+                self.requests.remove(id);
+                Ok(())
+            }
+            FromWorker::Pong { nonce, .. } => {
+                if self.phase == Phase::Silent || *nonce <= self.nonces.0 || *nonce > self.nonces.1 {
+                    return Err(Violation::Nonce { nonce: *nonce });
+                }
+                self.nonces.0 = *nonce;
+                Ok(())
+            }
+        }
+    }
+
+    fn check_delta(&mut self, id: RequestId, tokens: &[u32], pieces: &[Piece]) -> Result<(), Violation> {
+        let request = self.request("delta", id)?;
+        if !request.has_prompt {
+            return Err(Violation::PromptOrder { message: "delta", id });
+        }
+        if tokens.is_empty() {
+            return Err(Violation::EmptyDelta { id });
+        }
+        at_most("delta tokens", tokens.len(), DELTA_TOKENS_MAX)?;
+        request.tokens += tokens.len() as u64;
+        if request.tokens > request.tokens_max {
+            return Err(Violation::TooMuch { what: "answer tokens", value: request.tokens, max: request.tokens_max });
+        }
+        request.take_in(id, pieces)
+    }
+
+    fn check_done(&mut self, id: RequestId, pieces: &[Piece], usage: Usage) -> Result<(), Violation> {
+        let request = self.request("done", id)?;
+        if !request.has_prompt {
+            return Err(Violation::PromptOrder { message: "done", id });
+        }
+        request.take_in(id, pieces)?;
+        let tokens_max = usize::try_from(request.tokens_max).unwrap_or(usize::MAX);
+        at_most("completion tokens", usage.completion_tokens as usize, tokens_max)?;
+        at_most("reasoning tokens", usage.reasoning_tokens as usize, usage.completion_tokens as usize)?;
+        at_most("prompt tokens", usage.prompt_tokens as usize, CONTEXT_TOKENS_MAX as usize)?;
+        at_most("cached tokens", usage.cached_tokens as usize, usage.prompt_tokens as usize)?;
+        self.requests.remove(&id);
+        Ok(())
+    }
+
+    fn advance(&mut self, message: &'static str, from: Phase, to: Phase) -> Result<(), Violation> {
+        if self.phase != from {
+            return Err(Violation::Order { message, phase: self.phase });
+        }
+        self.phase = to;
+        Ok(())
+    }
+
+    fn request(&mut self, message: &'static str, id: RequestId) -> Result<&mut Outstanding, Violation> {
+        if self.phase != Phase::Serving {
+            return Err(Violation::Order { message, phase: self.phase });
+        }
+        self.requests.get_mut(&id).ok_or(Violation::UnknownRequest { message, id })
+    }
+}
+
+impl Outstanding {
+    fn take_in(&mut self, id: RequestId, pieces: &[Piece]) -> Result<(), Violation> {
+        let mut bytes = 0;
+        for piece in pieces {
+            bytes += match piece {
+                Piece::Reasoning(text) | Piece::Content(text) => text.len(),
+                Piece::ToolCall { .. } if !self.is_chat => return Err(Violation::ToolCall { id }),
+                Piece::ToolCall { name, arguments, .. } => name.len() + arguments.len(),
+            };
+        }
+        at_most("text of one message", bytes, DELTA_TEXT_BYTES_MAX)?;
+        self.text_bytes += bytes;
+        at_most("text of an answer", self.text_bytes, ANSWER_BYTES_MAX)
+    }
+}
+
+fn at_most(what: &'static str, value: usize, max: usize) -> Result<(), Violation> {
+    if value <= max { Ok(()) } else { Err(Violation::TooMuch { what, value: value as u64, max: max as u64 }) }
+}
+
+fn check_facts(facts: &Facts) -> Result<(), Violation> {
+    at_most("context", facts.context_tokens as usize, CONTEXT_TOKENS_MAX as usize)?;
+    at_most("device text", facts.device.len(), DETAIL_BYTES_MAX)?;
+    at_most("quantization text", facts.quantization.len(), DETAIL_BYTES_MAX)?;
+    at_most("kinds of memory", facts.memory.len(), 16)?;
+    for (is_wrong, what) in [
+        (facts.context_tokens == 0, "no context"),
+        (facts.block_tokens == 0, "no tokens in a block"),
+        (facts.blocks == 0, "no blocks"),
+        (facts.vocabulary == 0, "no vocabulary"),
+    ] {
+        if is_wrong {
+            return Err(Violation::Facts { what });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bulkhead_shared::generate::Sampling;
+    use bulkhead_shared::message::FinishReason;
+
+    const ID: RequestId = RequestId(7);
+
+    fn facts() -> Facts {
+        Facts {
+            context_tokens: 128,
+            block_tokens: 16,
+            blocks: 8,
+            vocabulary: 300,
+            memory: Vec::new(),
+            device: "cpu".into(),
+            quantization: "nf4".into(),
+        }
+    }
+
+    fn hello() -> FromWorker {
+        FromWorker::Hello { version: PROTOCOL_VERSION, layers: Vec::new() }
+    }
+
+    fn prompt() -> FromWorker {
+        FromWorker::Prompt { id: ID, tokens: 5, cached: 2 }
+    }
+
+    fn delta(tokens: usize, text: &str) -> FromWorker {
+        FromWorker::Delta { id: ID, tokens: vec![1; tokens], pieces: vec![Piece::Content(text.into())] }
+    }
+
+    fn done(completion_tokens: u32) -> FromWorker {
+        let usage = Usage { prompt_tokens: 5, cached_tokens: 2, completion_tokens, reasoning_tokens: 0 };
+        FromWorker::Done { id: ID, pieces: Vec::new(), reason: FinishReason::Stop, usage }
+    }
+
+    fn serving() -> Protocol {
+        let mut protocol = Protocol::new();
+        protocol.check(&hello()).expect("greets");
+        protocol.load_sent();
+        protocol.check(&FromWorker::Ready(facts())).expect("is ready");
+        let generate = Generate {
+            id: ID,
+            prompt: Prompt::Text("x".into()),
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            max_tokens: Some(10),
+            resume: Vec::new(),
+        };
+        protocol.generate_sent(&generate);
+        protocol
+    }
+
+    /// Says the messages to a serving worker's protocol; only the last may be refused, with an error of this beginning.
+    fn check(messages: &[FromWorker], refused: Option<&str>) {
+        let mut protocol = serving();
+        let (last, before) = messages.split_last().expect("at least one");
+        for message in before {
+            protocol.check(message).expect("legal so far");
+        }
+        let text = protocol.check(last).err().map(|violation| violation.to_string());
+        match refused {
+            None => assert_eq!(text, None),
+            Some(start) => assert!(text.as_deref().is_some_and(|text| text.starts_with(start)), "{text:?}"),
+        }
+    }
+
+    #[test]
+    fn a_request_runs_in_order() {
+        check(&[prompt(), delta(4, "a"), delta(6, "b"), done(10)], None);
+        check(&[FromWorker::Failed { id: ID, failure: Failure::Cancelled }], None);
+    }
+
+    #[test]
+    fn what_is_out_of_order_is_refused() {
+        check(&[hello()], Some("hello is illegal"));
+        check(&[FromWorker::Ready(facts())], Some("ready is illegal"));
+        check(&[delta(1, "a")], Some("delta of request 7 came before"));
+        check(&[done(0)], Some("done of request 7 came before"));
+        check(&[prompt(), prompt()], Some("prompt of request 7 came before its prompt or twice"));
+        check(&[prompt(), done(0), done(0)], Some("done names request 7"));
+        check(&[FromWorker::Failed { id: RequestId(8), failure: Failure::Cancelled }], Some("failed names request 8"));
+        let pong = FromWorker::Pong { nonce: 1, progress: 0, sequences: 0, blocks_free: 0 };
+        check(&[pong], Some("pong carries nonce 1"));
+    }
+
+    #[test]
+    fn what_is_beyond_a_limit_is_refused() {
+        check(&[prompt(), delta(10, "a")], None);
+        check(&[prompt(), delta(11, "a")], Some("answer tokens of 11"));
+        check(&[prompt(), delta(0, "a")], Some("delta of request 7 has no tokens"));
+        check(&[prompt(), delta(1, &"x".repeat(DELTA_TEXT_BYTES_MAX))], None);
+        check(&[prompt(), delta(1, &"x".repeat(DELTA_TEXT_BYTES_MAX + 1))], Some("text of one message"));
+        check(&[prompt(), done(11)], Some("completion tokens of 11"));
+        check(&[FromWorker::Prompt { id: ID, tokens: 1, cached: 2 }], Some("cached tokens of 2"));
+        let call = Piece::ToolCall { index: 0, name: "f".into(), arguments: "{}".into() };
+        check(
+            &[prompt(), FromWorker::Delta { id: ID, tokens: vec![1], pieces: vec![call] }],
+            Some("request 7 did not ask"),
+        );
+    }
+
+    #[test]
+    fn a_start_is_checked() {
+        let mut other = Protocol::new();
+        let version = PROTOCOL_VERSION + 1;
+        let violation = other.check(&FromWorker::Hello { version, layers: Vec::new() });
+        assert_eq!(violation, Err(Violation::Version { worker: version, supervisor: PROTOCOL_VERSION }));
+        let mut eager = Protocol::new();
+        assert!(matches!(eager.check(&FromWorker::Ready(facts())), Err(Violation::Order { .. })));
+        let mut empty = Protocol::new();
+        empty.check(&hello()).expect("greets");
+        empty.load_sent();
+        let facts = Facts { blocks: 0, ..facts() };
+        assert_eq!(empty.check(&FromWorker::Ready(facts)), Err(Violation::Facts { what: "no blocks" }));
+    }
+}

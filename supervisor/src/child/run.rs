@@ -1,0 +1,460 @@
+//! The shell around the state machine: waits, asks it, and does what it says.
+//!
+//! Invariants: the process of an incarnation is reaped and its link is read to the end before its end is reported, so
+//! that no token it sent is lost; after a kill nothing more is believed; commands are taken only while the link has room.
+
+use std::io;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bulkhead_shared::frame;
+use bulkhead_shared::generate::{Generate, Prompt, Sampling};
+use bulkhead_shared::limits::TO_WORKER_FRAME_BYTES_MAX;
+use bulkhead_shared::message::{FromWorker, LoadPlan, ToWorker};
+use bulkhead_shared::units::RequestId;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Interval, MissedTickBehavior};
+use tracing::{debug, error, info, warn};
+
+use super::exit::{Cause, KillReason};
+use super::lifecycle::{Action, Event, Lifecycle, Settings, State};
+use super::link::{self, LinkError};
+use super::protocol::{Protocol, Violation};
+use super::spawn::Spawner;
+use super::{Command, Progress, Report, Status};
+use crate::limits::{PING_INTERVAL, STOP_TIMEOUT};
+use crate::logging::printable;
+use crate::random;
+
+/// The request that a freshly loaded model has to answer with one token. The queue counts its ids from 1.
+const CANARY: RequestId = RequestId(0);
+
+/// The child's ends of the channels of [`super::Child`].
+pub(super) struct Ends {
+    pub(super) commands: mpsc::Receiver<Command>,
+    pub(super) reports: mpsc::Sender<Report>,
+    pub(super) status: watch::Sender<Status>,
+    pub(super) stop: Arc<Notify>,
+}
+
+/// One child.
+pub(super) struct Runner {
+    spawner: Spawner,
+    plan: LoadPlan,
+    life: Lifecycle,
+    ends: Ends,
+    pings: Interval,
+    current: Option<Incarnation>,
+    /// What the present or last incarnation said about its end, or what was found wrong with it.
+    detail: Option<String>,
+}
+
+struct Incarnation {
+    number: u32,
+    process: tokio::process::Child,
+    outgoing: Option<mpsc::Sender<Vec<u8>>>,
+    incoming: mpsc::Receiver<Result<FromWorker, LinkError>>,
+    protocol: Protocol,
+    /// A frame that waits for room in `outgoing`.
+    unsent: Option<Vec<u8>>,
+    killed: Option<KillReason>,
+    exit: Option<ExitStatus>,
+    is_link_over: bool,
+    /// When one of process and link is over, the other has until then.
+    rest_deadline: Option<Instant>,
+    progress: u64,
+}
+
+enum Input {
+    Command(Option<Command>),
+    Message(Option<Result<FromWorker, LinkError>>),
+    Exited(io::Result<ExitStatus>),
+    Sent,
+    Stop,
+    Ping,
+    Tick,
+}
+
+impl Runner {
+    pub(super) fn new(spawner: Spawner, plan: LoadPlan, settings: Settings, ends: Ends) -> Runner {
+        let mut pings = tokio::time::interval(PING_INTERVAL);
+        pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let life = Lifecycle::new(settings, Instant::now());
+        Runner { spawner, plan, life, ends, pings, current: None, detail: None }
+    }
+
+    /// Runs until the child was stopped and its process is gone.
+    pub(super) async fn run(mut self) {
+        self.step(Event::Start).await;
+        loop {
+            match self.wait().await {
+                // The queue is gone, so the supervisor is ending: the worker has no one to work for.
+                Input::Command(None) => return,
+                Input::Command(Some(command)) => self.take_command(command).await,
+                Input::Message(message) => self.take_message(message).await,
+                Input::Exited(status) => self.note_exit(status),
+                Input::Sent => {}
+                Input::Stop => {
+                    self.step(Event::Stop).await;
+                }
+                Input::Ping => self.ping(),
+                Input::Tick => self.step(Event::Tick).await,
+            }
+            self.settle().await;
+            if self.life.state().0 == State::Stopped {
+                return;
+            }
+        }
+    }
+
+    async fn wait(&mut self) -> Input {
+        let is_running = self.life.state().0 == State::Running;
+        let mut deadline = self.life.deadline();
+        let Some(current) = &mut self.current else {
+            return tokio::select! {
+                command = self.ends.commands.recv() => Input::Command(command),
+                () = self.ends.stop.notified() => Input::Stop,
+                () = sleep_until(deadline) => Input::Tick,
+            };
+        };
+        deadline = [deadline, current.rest_deadline].into_iter().flatten().min();
+        let is_blocked = current.unsent.is_some();
+        tokio::select! {
+            message = current.incoming.recv(), if !current.is_link_over => Input::Message(message),
+            status = current.process.wait(), if current.exit.is_none() => Input::Exited(status),
+            () = send(&current.outgoing, &mut current.unsent), if is_blocked => Input::Sent,
+            command = self.ends.commands.recv(), if !is_blocked => Input::Command(command),
+            () = self.ends.stop.notified() => Input::Stop,
+            _ = self.pings.tick(), if is_running => Input::Ping,
+            () = sleep_until(deadline) => Input::Tick,
+        }
+    }
+
+    async fn take_command(&mut self, command: Command) {
+        let is_running = self.life.state().0 == State::Running;
+        let Some(current) = self.current.as_mut().filter(|current| is_running && current.killed.is_none()) else {
+            return;
+        };
+        match command {
+            Command::Generate { incarnation, generate } if incarnation == current.number => {
+                let id = generate.id;
+                current.protocol.generate_sent(&generate);
+                if let Err(error) = current.send(&ToWorker::Generate(generate)) {
+                    debug!(request = id.0, %error, "request does not fit a frame");
+                    current.protocol.forget(id);
+                    self.report(Report::Unsendable(id)).await;
+                }
+            }
+            // It was meant for an incarnation whose end has been reported, and with it the request's.
+            Command::Generate { .. } => {}
+            Command::Cancel(id) => {
+                current.send(&ToWorker::Cancel { id }).expect("a cancellation fits a frame");
+            }
+        }
+    }
+
+    async fn take_message(&mut self, message: Option<Result<FromWorker, LinkError>>) {
+        let Some(current) = &mut self.current else { return };
+        match message {
+            None => {
+                current.is_link_over = true;
+                current.rest_deadline = Some(Instant::now() + STOP_TIMEOUT);
+            }
+            Some(_) if current.killed.is_some() => {}
+            Some(Err(LinkError::Frame(error))) => self.condemn(KillReason::Protocol, error.to_string()).await,
+            // A worker that dies in the middle of a frame; how it died is told by its wait status.
+            Some(Err(error @ LinkError::Broken(_))) => self.detail = Some(error.to_string()),
+            Some(Ok(message)) => match current.protocol.check(&message) {
+                Ok(()) => self.believe(message).await,
+                Err(violation @ Violation::Version { .. }) => {
+                    self.condemn(KillReason::Version, violation.to_string()).await;
+                }
+                Err(violation) => self.condemn(KillReason::Protocol, violation.to_string()).await,
+            },
+        }
+    }
+
+    /// Acts on a message that passed the check.
+    async fn believe(&mut self, message: FromWorker) {
+        match message {
+            FromWorker::Hello { layers, .. } => {
+                let names: Vec<_> = layers.iter().map(|layer| layer.as_str()).collect();
+                info!(incarnation = self.life.incarnation(), layers = names.join(" "), "worker is behind its walls");
+                self.ends.status.send_modify(|status| status.layers = layers);
+                self.step(Event::Hello).await;
+            }
+            FromWorker::Progress { done, total, what } => {
+                let progress = Some(Progress { done, total, what: printable(&what) });
+                let has_moved = self.ends.status.borrow().progress != progress;
+                self.ends.status.send_modify(|status| status.progress = progress);
+                if has_moved {
+                    self.step(Event::Progress).await;
+                }
+            }
+            FromWorker::Ready(mut facts) => {
+                facts.device = printable(&facts.device);
+                facts.quantization = printable(&facts.quantization);
+                self.ends.status.send_modify(|status| {
+                    status.blocks_free = facts.blocks;
+                    status.facts = Some(facts);
+                    status.progress = None;
+                });
+                self.step(Event::Ready).await;
+            }
+            FromWorker::LoadFailed { detail } => self.detail = Some(printable(&detail)),
+            FromWorker::Pong { progress, sequences, blocks_free, .. } => {
+                self.take_pong(progress, sequences, blocks_free).await;
+            }
+            FromWorker::Done { id: CANARY, .. } => self.step(Event::CanaryDone).await,
+            FromWorker::Failed { id: CANARY, failure } => {
+                self.condemn(KillReason::Canary, format!("it answered {failure:?}")).await;
+            }
+            FromWorker::Prompt { id: CANARY, .. } | FromWorker::Delta { id: CANARY, .. } => {}
+            FromWorker::Delta { .. } => {
+                self.report(Report::Message(message)).await;
+                self.step(Event::Delivered).await;
+            }
+            FromWorker::Prompt { .. } | FromWorker::Done { .. } | FromWorker::Failed { .. } => {
+                self.report(Report::Message(message)).await;
+            }
+        }
+    }
+
+    async fn take_pong(&mut self, progress: u64, sequences: u32, blocks_free: u32) {
+        let Some(current) = &mut self.current else { return };
+        let is_moving = sequences == 0 || progress > current.progress;
+        current.progress = progress;
+        self.ends.status.send_modify(|status| {
+            status.blocks_free = blocks_free;
+            if is_moving {
+                status.moved = Some(Instant::now());
+            }
+        });
+        self.step(Event::Pong { is_moving }).await;
+    }
+
+    fn ping(&mut self) {
+        let Some(current) = &mut self.current else { return };
+        // Behind a frame that does not go out a ping is not needed: the missing answer tells as much.
+        if current.unsent.is_none() {
+            let nonce = current.protocol.next_nonce();
+            current.send(&ToWorker::Ping { nonce }).expect("a ping fits a frame");
+        }
+    }
+
+    fn note_exit(&mut self, status: io::Result<ExitStatus>) {
+        let Some(current) = &mut self.current else { return };
+        // Waiting for an own child cannot fail but by a bug; the incarnation is over in any case.
+        let status = status.unwrap_or_else(|error| {
+            error!(%error, "cannot wait for the worker");
+            ExitStatus::default()
+        });
+        current.exit = Some(status);
+        current.outgoing = None;
+        current.rest_deadline = Some(Instant::now() + STOP_TIMEOUT);
+    }
+
+    /// Ends the incarnation when its process and its link are over, or when one of them has waited long enough.
+    async fn settle(&mut self) {
+        let Some(current) = &mut self.current else { return };
+        let is_late = current.rest_deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        match current.exit {
+            Some(status) if current.is_link_over || is_late => {
+                let cause = Cause::tell(status, current.killed);
+                self.finish(cause).await;
+            }
+            None if is_late => {
+                current.rest_deadline = None;
+                self.condemn(KillReason::LinkClosed, "its link was closed".into()).await;
+            }
+            Some(_) | None => {}
+        }
+    }
+
+    async fn finish(&mut self, cause: Cause) {
+        let incarnation = self.life.incarnation();
+        let requests = self.current.take().map_or(0, |current| current.protocol.outstanding());
+        let detail = self.detail.take();
+        let text = detail.as_ref().map_or(cause.to_string(), |detail| format!("{cause}: {detail}"));
+        if self.life.state().0 == State::Stopping {
+            info!(incarnation, cause = %text, "worker ended");
+        } else {
+            warn!(incarnation, cause = %text, requests, "worker ended");
+        }
+        self.ends.status.send_modify(|status| {
+            *status = Status { incarnation, last_end: Some(text), ..Status::new(Instant::now()) };
+        });
+        self.report(Report::Down { incarnation, cause }).await;
+        self.step(Event::Ended { cause, jitter: random::fraction() }).await;
+    }
+
+    async fn condemn(&mut self, reason: KillReason, detail: String) {
+        self.detail = Some(printable(&detail));
+        self.step(Event::Condemned(reason)).await;
+    }
+
+    /// Asks the state machine and does what it says, until it has nothing more to say.
+    async fn step(&mut self, event: Event) {
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
+            let before = self.life.state().0;
+            let action = self.life.step(event, Instant::now());
+            self.publish(before).await;
+            next = match action {
+                None => None,
+                Some(Action::Spawn { incarnation }) => self.spawn(incarnation).await,
+                Some(Action::SendLoad) => self.send_load(),
+                Some(Action::SendCanary) => self.send_canary(),
+                Some(Action::CloseLink) => {
+                    self.current.iter_mut().for_each(|current| current.outgoing = None);
+                    None
+                }
+                Some(Action::Kill(reason)) => self.kill(reason),
+            };
+        }
+    }
+
+    async fn spawn(&mut self, incarnation: u32) -> Option<Event> {
+        match self.spawner.spawn(incarnation).await {
+            Ok(spawned) => {
+                let pid = spawned.child.id();
+                info!(incarnation, pid, "worker started");
+                let link = link::open(spawned.stream);
+                self.current = Some(Incarnation {
+                    number: incarnation,
+                    process: spawned.child,
+                    outgoing: Some(link.outgoing),
+                    incoming: link.incoming,
+                    protocol: Protocol::new(),
+                    unsent: None,
+                    killed: None,
+                    exit: None,
+                    is_link_over: false,
+                    rest_deadline: None,
+                    progress: 0,
+                });
+                self.ends.status.send_modify(|status| {
+                    status.pid = pid;
+                    status.incarnation = incarnation;
+                });
+                None
+            }
+            Err(error) => {
+                warn!(incarnation, %error, "worker did not start");
+                self.ends.status.send_modify(|status| status.last_end = Some(error.to_string()));
+                Some(Event::Ended { cause: Cause::NotStarted, jitter: random::fraction() })
+            }
+        }
+    }
+
+    fn send_load(&mut self) -> Option<Event> {
+        let current = self.current.as_mut()?;
+        current.protocol.load_sent();
+        match current.send(&ToWorker::Load(self.plan.clone())) {
+            Ok(()) => None,
+            Err(error) => {
+                error!(%error, "plan does not fit a frame");
+                Some(Event::Condemned(KillReason::StartStalled))
+            }
+        }
+    }
+
+    fn send_canary(&mut self) -> Option<Event> {
+        let current = self.current.as_mut()?;
+        let generate = Generate {
+            id: CANARY,
+            prompt: Prompt::Text("Hello".into()),
+            sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
+            stop: Vec::new(),
+            max_tokens: Some(1),
+            resume: Vec::new(),
+        };
+        current.protocol.generate_sent(&generate);
+        current.send(&ToWorker::Generate(Box::new(generate))).expect("the canary fits a frame");
+        None
+    }
+
+    fn kill(&mut self, reason: KillReason) -> Option<Event> {
+        let current = self.current.as_mut()?;
+        warn!(incarnation = current.number, reason = reason.describe(), "worker is killed");
+        current.killed = Some(reason);
+        current.unsent = None;
+        if let Err(error) = current.process.start_kill() {
+            // It has ended in the meantime: its wait status is on the way.
+            debug!(%error, "nothing to kill");
+        }
+        None
+    }
+
+    /// Tells the world about a change of state.
+    async fn publish(&mut self, before: State) {
+        let (state, since) = self.life.state();
+        let incarnation = self.life.incarnation();
+        if state == before && self.ends.status.borrow().incarnation == incarnation {
+            return;
+        }
+        self.ends.status.send_modify(|status| {
+            status.state = state;
+            status.since = since;
+            status.incarnation = incarnation;
+            status.moved = (state == State::Running).then_some(since);
+        });
+        match state {
+            State::Running => {
+                info!(incarnation, "worker is ready");
+                self.pings.reset();
+                self.report(Report::Up { incarnation }).await;
+            }
+            State::Stopped | State::Exited | State::Fatal => {
+                let reason = self.ends.status.borrow().last_end.clone().unwrap_or_else(|| "not started".into());
+                if state == State::Fatal {
+                    error!(incarnation, %reason, "worker is given up: set the cause right and start bulkhead again");
+                }
+                self.report(Report::Resting { state, reason }).await;
+            }
+            State::Starting | State::Loading | State::Stopping | State::Backoff => {
+                debug!(incarnation, %state, "worker changed state");
+            }
+        }
+    }
+
+    async fn report(&self, report: Report) {
+        // Without a queue there is nobody to tell; the loop ends by itself when the commands do.
+        drop(self.ends.reports.send(report).await);
+    }
+}
+
+impl Incarnation {
+    /// Encodes a message and puts it on its way; at most one waits here, so nothing is sent while one does.
+    fn send(&mut self, message: &ToWorker) -> Result<(), frame::FrameError> {
+        assert!(self.unsent.is_none(), "commands are taken only while nothing waits");
+        let frame = frame::encode(message, TO_WORKER_FRAME_BYTES_MAX)?;
+        let Some(outgoing) = &self.outgoing else { return Ok(()) };
+        match outgoing.try_send(frame) {
+            Err(mpsc::error::TrySendError::Full(frame)) => self.unsent = Some(frame),
+            // The writer has ended because the worker's side is gone, which the reader reports.
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
+        }
+        Ok(())
+    }
+}
+
+/// Waits until the link has room for the frame that waits. Cancel safety: the frame stays where it is until then.
+async fn send(outgoing: &Option<mpsc::Sender<Vec<u8>>>, unsent: &mut Option<Vec<u8>>) {
+    let permit = match outgoing {
+        Some(outgoing) => outgoing.reserve().await.ok(),
+        None => None,
+    };
+    let frame = unsent.take();
+    if let (Some(permit), Some(frame)) = (permit, frame) {
+        permit.send(frame);
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}

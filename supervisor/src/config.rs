@@ -1,0 +1,367 @@
+//! The configuration: flags over environment over file over defaults, from one table.
+//!
+//! Owns: every setting, its name in each layer, its bounds, and where its value came from; all reads of the environment.
+//! Refuses: to guess. A value that cannot be used is a fault, in whichever layer it stands, and all faults are reported
+//! at once. Invariant: a [`Config`] holds no value that still has to be checked, except against the outside world.
+
+mod layers;
+pub mod paths;
+mod value;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
+use bulkhead_shared::message::DeviceChoice;
+
+use layers::Settings;
+pub(crate) use layers::edits;
+pub use layers::{Environment, FLAG_CONFIG, flags};
+use value::{Kind, Value};
+
+/// Where the configuration file is looked for when none is named.
+pub const SYSTEM_FILE: &str = "/etc/bulkhead/bulkhead.toml";
+
+/// A setting: its name in the file, from which flag (`--log-level`) and variable (`BULKHEAD_LOG_LEVEL`) follow.
+#[derive(Debug)]
+pub(crate) struct Key {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
+    pub(crate) default: &'static str,
+    pub(crate) help: &'static str,
+}
+
+const fn key(name: &'static str, kind: Kind, default: &'static str, help: &'static str) -> Key {
+    Key { name, kind, default, help }
+}
+
+/// Every setting. An empty default of a text or path means what the help says.
+pub(crate) const KEYS: &[Key] = &[
+    key("listen", Kind::Text, "127.0.0.1:8000", "address and port to serve HTTP on"),
+    key("allow_unauthenticated", Kind::Flag, "false", "serve on an address other than loopback without API keys"),
+    key("model", Kind::Path, "", "folder of the model to serve [the built-in demonstration model]"),
+    key("model_id", Kind::Text, "", "name of the model in the API [the folder's name]"),
+    key("aliases", Kind::List, "", "further names of the model in the API"),
+    key("device", Kind::Text, "auto", "where to compute: auto, cpu or cuda:N"),
+    key("threads", Kind::Number { min: 0, max: 1024 }, "0", "threads that compute; 0: one for each core"),
+    key("context_tokens", CONTEXT, "0", "tokens of prompt and answer together; 0: the model's own limit"),
+    key("sequences_max", SEQUENCES, "8", "requests that are computed at the same time"),
+    key("queue_max", Kind::Number { min: 0, max: 65_536 }, "256", "requests that may wait"),
+    key("queue_bytes_max", QUEUE_BYTES, "268435456", "bytes of all requests that wait or run"),
+    key("request_timeout", Kind::Duration { min: SECOND, max: DAY }, "1h", "time for a request, waiting included"),
+    key("shutdown_timeout", Kind::Duration { min: ZERO, max: DAY }, "5s", "time for running requests to end at a stop"),
+    key("load_timeout", Kind::Duration { min: TENTH, max: DAY }, "60s", "time for which a load may stand still"),
+    key("hang_timeout", Kind::Duration { min: TENTH, max: DAY }, "30s", "time for which a worker may stand still"),
+    key("worker", Kind::Path, "", "the worker's executable [bulkhead-worker beside this one]"),
+    key("runtime_dir", Kind::Path, "", "folder of the admin socket [$XDG_RUNTIME_DIR/bulkhead or like it]"),
+    key("log.format", Kind::Choice(&["human", "json"]), "human", "form of the log"),
+    key("log.level", Kind::Choice(&["error", "warn", "info", "debug", "trace"]), "info", "least level of the log"),
+    key("allow_faults", Kind::Flag, "false", "accept the settings under [faults], which make the service worse"),
+    key("faults.step_delay_ms", Kind::Number { min: 0, max: 60_000 }, "0", "for tests: slows every step of the model"),
+];
+
+const CONTEXT: Kind = Kind::Number { min: 0, max: CONTEXT_TOKENS_MAX as u64 };
+const SEQUENCES: Kind = Kind::Number { min: 1, max: WORKER_REQUESTS_MAX as u64 };
+const QUEUE_BYTES: Kind = Kind::Number { min: 1 << 20, max: 1 << 40 };
+const ZERO: Duration = Duration::ZERO;
+const TENTH: Duration = Duration::from_millis(100);
+const SECOND: Duration = Duration::from_secs(1);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// The whole configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where to serve HTTP.
+    pub listen: SocketAddr,
+    /// The model's folder.
+    pub model: PathBuf,
+    /// The model's name in the API.
+    pub model_id: String,
+    /// Its further names.
+    pub aliases: Vec<String>,
+    /// Where to compute.
+    pub device: DeviceChoice,
+    /// Why there, where nobody said so.
+    pub device_reason: Option<&'static str>,
+    /// Threads that compute; 0 lets the worker count.
+    pub threads: u32,
+    /// Context to serve; 0 takes the model's own.
+    pub context_tokens: u32,
+    /// Requests in one batch.
+    pub sequences_max: u32,
+    /// Requests that may wait.
+    pub queue_max: usize,
+    /// Bytes of all admitted requests.
+    pub queue_bytes_max: usize,
+    /// From the admission of a request to its end.
+    pub request_timeout: Duration,
+    /// From the signal to the end.
+    pub shutdown_timeout: Duration,
+    /// For which a load may stand still.
+    pub load_timeout: Duration,
+    /// For which a running worker may stand still.
+    pub hang_timeout: Duration,
+    /// The worker's executable.
+    pub worker: PathBuf,
+    /// The folder of the admin socket.
+    pub runtime_dir: PathBuf,
+    /// The form of the log.
+    pub log_format: LogFormat,
+    /// The least level of the log.
+    pub log_level: LogLevel,
+    /// For tests: milliseconds added to each step.
+    pub step_delay_ms: u32,
+}
+
+/// The form of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// A line of text.
+    Human,
+    /// A JSON object in a line.
+    Json,
+}
+
+/// The least level of the log, by its word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogLevel(String);
+
+impl LogLevel {
+    /// Gives the word.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The table.
+    Default,
+    /// A line of a file, counted from 1.
+    File(PathBuf, usize),
+    /// A variable of the environment.
+    Variable(String),
+    /// A flag on the command line.
+    Flag(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::Default => f.write_str("default"),
+            Origin::File(path, line) => write!(f, "{}:{line}", path.display()),
+            Origin::Variable(name) | Origin::Flag(name) => f.write_str(name),
+        }
+    }
+}
+
+/// One thing that is wrong with the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The file cannot be read.
+    #[error("{}: cannot be read: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        reason: String,
+    },
+    /// The file is not TOML.
+    #[error("{origin}: {reason}")]
+    Syntax {
+        /// Where.
+        origin: Origin,
+        /// What the parser says.
+        reason: String,
+    },
+    /// There is no such setting.
+    #[error("{origin}: unknown setting {name:?}{}", suggestion(.nearest))]
+    UnknownKey {
+        /// Where.
+        origin: Origin,
+        /// The name that is unknown.
+        name: String,
+        /// A known name that is much like it.
+        nearest: Option<&'static str>,
+    },
+    /// The value cannot be used.
+    #[error("{origin}: {name}: {reason}")]
+    Value {
+        /// Where.
+        origin: Origin,
+        /// The setting.
+        name: &'static str,
+        /// What is wrong, with the value.
+        reason: String,
+    },
+}
+
+fn suggestion(nearest: &Option<&'static str>) -> String {
+    nearest.map_or(String::new(), |name| format!(", did you mean {name:?}?"))
+}
+
+/// Everything that is wrong with the configuration, in the order of the layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError(pub Vec<Fault>);
+
+impl std::error::Error for ConfigError {}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<_> = self.0.iter().map(Fault::to_string).collect();
+        f.write_str(&lines.join("\n"))
+    }
+}
+
+/// A configuration and how it came about.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The result.
+    pub config: Config,
+    /// What should be said in the log about how it came about.
+    pub warnings: Vec<String>,
+    listing: String,
+}
+
+impl Loaded {
+    /// Prints every setting with its value and its origin, as lines of TOML with a comment.
+    #[must_use]
+    pub fn listing(&self) -> &str {
+        &self.listing
+    }
+}
+
+/// Reads all layers.
+///
+/// `matches` are those of a command made with [`flags`].
+///
+/// # Errors
+/// Every fault of every layer.
+pub fn load(matches: &clap::ArgMatches, environment: &Environment) -> Result<Loaded, ConfigError> {
+    let file = layers::file(matches, environment);
+    let (settings, mut faults) = layers::gather(matches, environment, file.as_deref());
+    let config = settings.build(environment, &mut faults);
+    if !faults.is_empty() {
+        return Err(ConfigError(faults));
+    }
+    let listing = settings.listing(&config);
+    Ok(Loaded { config, warnings: environment.unknown(), listing })
+}
+
+impl Settings {
+    fn build(&self, environment: &Environment, faults: &mut Vec<Fault>) -> Config {
+        let listen = self.check("listen", faults, || parse_listen(self.text("listen")), fallback_address());
+        if !listen.ip().is_loopback() && !self.flag("allow_unauthenticated") {
+            let reason = format!(
+                "{listen} is not a loopback address: anyone who reaches it could use the model; \
+                 serve on 127.0.0.1, or say --allow-unauthenticated"
+            );
+            faults.push(self.fault("listen", reason));
+        }
+        let (device, device_reason) =
+            self.check("device", faults, || parse_device(self.text("device")), (DeviceChoice::Cpu, None));
+        if self.number("faults.step_delay_ms") > 0 && !self.flag("allow_faults") {
+            let reason = "is for tests and is refused without --allow-faults".to_owned();
+            faults.push(self.fault("faults.step_delay_ms", reason));
+        }
+        let is_built_in = self.text("model").is_empty();
+        let model = self.path("model").unwrap_or_else(paths::demo_model);
+        let model_id = match (self.text("model_id"), is_built_in) {
+            ("", true) => paths::DEMO_MODEL_ID.to_owned(),
+            ("", false) => folder_name(&model),
+            (name, _) => name.to_owned(),
+        };
+        Config {
+            listen,
+            model,
+            model_id,
+            aliases: self.list("aliases"),
+            device,
+            device_reason,
+            threads: self.small("threads"),
+            context_tokens: self.small("context_tokens"),
+            sequences_max: self.small("sequences_max"),
+            queue_max: self.size("queue_max"),
+            queue_bytes_max: self.size("queue_bytes_max"),
+            request_timeout: self.duration("request_timeout"),
+            shutdown_timeout: self.duration("shutdown_timeout"),
+            load_timeout: self.duration("load_timeout"),
+            hang_timeout: self.duration("hang_timeout"),
+            worker: self.path("worker").unwrap_or_else(paths::worker),
+            runtime_dir: self.path("runtime_dir").unwrap_or_else(|| paths::runtime_dir(environment)),
+            log_format: if self.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Human },
+            log_level: LogLevel(self.text("log.level").to_owned()),
+            step_delay_ms: self.small("faults.step_delay_ms"),
+        }
+    }
+
+    fn check<T>(
+        &self,
+        name: &'static str,
+        faults: &mut Vec<Fault>,
+        parse: impl FnOnce() -> Result<T, String>,
+        fallback: T,
+    ) -> T {
+        parse().unwrap_or_else(|reason| {
+            faults.push(self.fault(name, reason));
+            fallback
+        })
+    }
+
+    fn listing(&self, config: &Config) -> String {
+        let derived: BTreeMap<_, _> = [
+            ("model", config.model.display().to_string()),
+            ("model_id", config.model_id.clone()),
+            ("worker", config.worker.display().to_string()),
+            ("runtime_dir", config.runtime_dir.display().to_string()),
+        ]
+        .into();
+        let line = |key: &Key| {
+            let (value, origin) = self.get(key.name);
+            let text = match (value, derived.get(key.name)) {
+                (Value::Text(_) | Value::Path(_), Some(derived)) => Value::Text(derived.clone()).toml(),
+                (value, _) => value.toml(),
+            };
+            format!("{} = {text}  # {origin}\n", key.name)
+        };
+        KEYS.iter().map(line).collect()
+    }
+}
+
+/// Stands in for an address that is a fault, so that the other settings can be checked too.
+fn fallback_address() -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)
+}
+
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    let numeric = match text.strip_prefix("localhost:") {
+        Some(port) => format!("127.0.0.1:{port}"),
+        None => text.to_owned(),
+    };
+    numeric.parse().map_err(|_| format!("{text:?} is not an address with a port, such as 127.0.0.1:8000 or [::1]:8000"))
+}
+
+fn parse_device(text: &str) -> Result<(DeviceChoice, Option<&'static str>), String> {
+    match text {
+        "cpu" => Ok((DeviceChoice::Cpu, None)),
+        "auto" => Ok((DeviceChoice::Cpu, Some("no CUDA worker is installed"))),
+        _ => match text.strip_prefix("cuda:").map(str::parse::<u32>) {
+            Some(Ok(_)) => {
+                Err(format!("no CUDA worker is installed: {text} cannot be used, this build computes on the CPU only"))
+            }
+            Some(Err(_)) | None => Err(format!("{text:?} is not a device: use auto, cpu or cuda:N, such as cuda:0")),
+        },
+    }
+}
+
+fn folder_name(folder: &Path) -> String {
+    folder.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests;

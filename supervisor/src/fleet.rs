@@ -1,0 +1,110 @@
+//! Which model has which child, and by which names clients know it. There is one model so far.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::watch;
+
+use crate::child::Status;
+use crate::child::lifecycle::State;
+use crate::limits::SLUGGISH_AFTER;
+use crate::tickets::Tickets;
+
+/// A model, its names and its child.
+#[derive(Debug)]
+pub struct Fleet {
+    /// The name under which the model is listed.
+    pub model_id: String,
+    /// Its further names.
+    pub aliases: Vec<String>,
+    /// Why it runs where it runs, where nobody said so.
+    pub device_reason: Option<&'static str>,
+    /// When the supervisor took it on, in seconds since 1970.
+    pub created: u64,
+    /// The requests for it.
+    pub tickets: Arc<Tickets>,
+    status: watch::Receiver<Status>,
+}
+
+/// A client asked for a model that is not here.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the model {asked:?} does not exist; valid names: {}", valid.join(", "))]
+pub struct UnknownModel {
+    /// The name that it used.
+    pub asked: String,
+    /// The names that it could use.
+    pub valid: Vec<String>,
+}
+
+/// How well the service is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// A model answers.
+    Healthy,
+    /// A model answers, and something is not as it should be.
+    Degraded(String),
+    /// A model is on its way.
+    Loading(String),
+    /// No model will answer.
+    Unhealthy(String),
+}
+
+impl Fleet {
+    /// Takes on a model.
+    #[must_use]
+    pub fn new(
+        model_id: String,
+        aliases: Vec<String>,
+        device_reason: Option<&'static str>,
+        status: watch::Receiver<Status>,
+        tickets: Arc<Tickets>,
+    ) -> Fleet {
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        Fleet { model_id, aliases, device_reason, created, tickets, status }
+    }
+
+    /// Finds the model of a name; without a name, the default one.
+    ///
+    /// # Errors
+    /// `UnknownModel` when no model has the name.
+    pub fn find(&self, name: Option<&str>) -> Result<&str, UnknownModel> {
+        match name {
+            Some(name) if name != self.model_id && !self.aliases.iter().any(|alias| alias == name) => {
+                let valid = std::iter::once(&self.model_id).chain(&self.aliases).cloned().collect();
+                Err(UnknownModel { asked: name.to_owned(), valid })
+            }
+            Some(_) | None => Ok(&self.model_id),
+        }
+    }
+
+    /// Gives what is known about the child now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// Judges the service.
+    #[must_use]
+    pub fn health(&self, now: Instant) -> Health {
+        let status = self.status.borrow();
+        let last_end = || status.last_end.as_ref().map_or(String::new(), |end| format!("; the last one {end}"));
+        match status.state {
+            State::Running => {
+                let silence = status.moved.map_or_else(Default::default, |moved| now.saturating_duration_since(moved));
+                if silence >= SLUGGISH_AFTER {
+                    Health::Degraded(format!("the worker has not moved for {} s", silence.as_secs()))
+                } else {
+                    Health::Healthy
+                }
+            }
+            State::Starting => Health::Loading(format!("a worker is starting{}", last_end())),
+            State::Loading => Health::Loading(match &status.progress {
+                Some(progress) => format!("{}: {} of {}", progress.what, progress.done, progress.total),
+                None => "the model is being loaded".into(),
+            }),
+            State::Backoff => Health::Loading(format!("a worker will be started in a moment{}", last_end())),
+            State::Stopping | State::Stopped => Health::Unhealthy("the server is shutting down".into()),
+            State::Exited | State::Fatal => Health::Unhealthy(status.last_end.clone().unwrap_or_default()),
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! The bounds that only the supervisor checks; what both processes check stands in `bulkhead_shared::limits`.
+
+use std::time::Duration;
+
+use bulkhead_shared::limits::{BODY_BYTES_MAX, DELTA_TEXT_BYTES_MAX};
+
+/// Open HTTP connections, at most; further ones wait in the kernel's backlog. Below the usual 1024 descriptors.
+pub(crate) const CONNECTIONS_MAX: usize = 512;
+
+/// Time for a client to send the head of a request.
+pub(crate) const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Time for a client to send the body of a request.
+pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Bytes of all bodies that are being read and checked, at most: bounds the memory of requests not yet admitted.
+pub(crate) const BODIES_BYTES_MAX: usize = 32 * BODY_BYTES_MAX;
+
+/// Bytes of a body that is too large which are read and thrown away, so that the client gets to see the answer.
+pub(crate) const DRAIN_BYTES_MAX: usize = 4 * BODY_BYTES_MAX;
+
+/// Time between the comments that keep a silent stream open.
+pub(crate) const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
+
+/// Frames that may wait in either direction of a link, at most.
+pub(crate) const LINK_FRAMES_MAX: usize = 64;
+
+/// Commands and events between the queue and a child that may wait, at most.
+pub(crate) const CHILD_MESSAGES_MAX: usize = 64;
+
+/// Bytes of text in the answer to one request, at most: a worker that sends more is lying.
+pub(crate) const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// Bytes of one line of a worker's standard error; what is longer is logged in parts.
+pub(crate) const STDERR_LINE_BYTES_MAX: usize = 4096;
+
+/// Lines of a worker's standard error that are logged in one second, at most; the number of the others is logged.
+pub(crate) const STDERR_LINES_PER_SECOND_MAX: u32 = 200;
+
+/// Time between signs of life that are asked of a running worker.
+pub(crate) const PING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Silence after which a running worker is called degraded.
+pub(crate) const SLUGGISH_AFTER: Duration = Duration::from_secs(5);
+
+/// Time from the spawn of a worker to its `Hello`.
+pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Time for a worker to end after it was asked to, or after it closed its link.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The pause before the first restart that has to wait; it doubles with each further death.
+pub(crate) const BACKOFF_MIN: Duration = Duration::from_millis(500);
+
+/// The longest pause before a restart.
+pub(crate) const BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+/// Deaths in a row without a delivered token after which a worker is given up.
+pub(crate) const DEATHS_MAX: u32 = 5;
+
+/// Kills from outside in a row, before the worker was running, after which it is given up.
+pub(crate) const START_KILLS_MAX: u32 = 20;
+
+/// Bytes of one line on the admin socket, at most.
+pub(crate) const ADMIN_LINE_BYTES_MAX: usize = 64 * 1024;
+
+/// Time for an admin client to send its line and take its answer.
+pub(crate) const ADMIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connections on the admin socket, at most.
+pub(crate) const ADMIN_CONNECTIONS_MAX: usize = 16;
+
+const _: () = assert!(DRAIN_BYTES_MAX > BODY_BYTES_MAX);
+const _: () = assert!(ANSWER_BYTES_MAX > DELTA_TEXT_BYTES_MAX);
+const _: () = assert!(BACKOFF_MIN.as_millis() < BACKOFF_MAX.as_millis());
+const _: () = assert!(ADMIN_CONNECTIONS_MAX + CONNECTIONS_MAX < 1024);
