@@ -289,10 +289,8 @@ impl Loader<'_, '_> {
                 let (rows, cols) = (matrix.rows(), matrix.cols());
                 match quantize_nf4(rows, cols, &matrix.decode_rows(0..rows)) {
                     Ok(nf4) => Ok(Matrix::Nf4(nf4)),
-                    Err(source) => {
-                        let file = self.checkpoint.folder().to_owned();
-                        Err(CheckpointError::Format { file, tensor: name.to_owned(), source })
-                    }
+                    // Only floats can be faulty here: an MXFP4 matrix was checked to decode to finite weights.
+                    Err(source) => Err(self.checkpoint.tensor(name)?.format_error(source)),
                 }
             }
         }

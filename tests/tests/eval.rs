@@ -1,0 +1,124 @@
+//! `eval` as a command: what it refuses, and with which words; and that a long prompt stays quick.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use bulkhead_tests::oracle::{self, Ask, evaluate};
+use bulkhead_worker::eval::{DecoderPath, EvalArgs, EvalError, ValueType, WeightChoice, run};
+
+struct Case {
+    folder: tempfile::TempDir,
+    args: EvalArgs,
+}
+
+impl Case {
+    fn new(input: &str) -> Result<Case> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("in.json");
+        std::fs::write(&path, input)?;
+        let args = EvalArgs {
+            model: oracle::model("gptoss_window_edges"),
+            input: path,
+            output: folder.path().join("out.safetensors"),
+            quant: WeightChoice::File,
+            dtype: ValueType::F32,
+            decoder_path: DecoderPath::Reference,
+            greedy: 0,
+        };
+        Ok(Case { folder, args })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+#[track_caller]
+fn refused(args: &EvalArgs, words: &[&str]) -> EvalError {
+    let error = run(args).expect_err("refused");
+    let text = error.to_string();
+    for words in words {
+        assert!(text.contains(words), "{words:?} is not in {text:?}");
+    }
+    assert!(!args.output.is_file(), "nothing is written on an error");
+    error
+}
+
+#[test]
+fn inputs_that_are_none() -> Result<()> {
+    for input in ["", "[1]", "{}", r#"{"input_ids":[-1]}"#, r#"{"input_ids":[1.5]}"#, r#"{"input_ids":[4294967296]}"#] {
+        let case = Case::new(input)?;
+        assert!(matches!(refused(&case.args, &["in.json", "input_ids"]), EvalError::Input { .. }), "{input}");
+    }
+    let case = Case::new(r#"{"input_ids":[]}"#)?;
+    assert!(matches!(refused(&case.args, &["in.json", "empty"]), EvalError::NoTokens { .. }));
+    let mut case = Case::new(r#"{"input_ids":[447]}"#)?;
+    run(&case.args)?;
+    std::fs::remove_file(&case.args.output)?;
+    case.args.input = case.path("nowhere.json");
+    assert!(matches!(refused(&case.args, &["nowhere.json"]), EvalError::Checkpoint(_)));
+    let case = Case::new(r#"{"input_ids":[1,448]}"#)?;
+    let error = refused(&case.args, &["in.json", "token id 448 at index 1", "448"]);
+    assert!(matches!(error, EvalError::NotInVocabulary { token: 448, index: 1, vocab_size: 448, .. }));
+    Ok(())
+}
+
+#[test]
+fn more_tokens_than_the_limit() -> Result<()> {
+    let mut case = Case::new(r#"{"input_ids":[1]}"#)?;
+    case.args.greedy = usize::MAX;
+    assert!(matches!(refused(&case.args, &["exceed the limit"]), EvalError::TooManyTokens { .. }));
+    case.args.greedy = 1 << 20;
+    let error = refused(&case.args, &["1048577 tokens"]);
+    assert!(matches!(error, EvalError::TooManyTokens { tokens: 1_048_577, max: 1_048_576 }));
+    Ok(())
+}
+
+#[test]
+fn outputs_that_cannot_be_written() -> Result<()> {
+    let mut case = Case::new(r#"{"input_ids":[1]}"#)?;
+    for output in [case.path("nowhere").join("out.safetensors"), case.folder.path().to_owned()] {
+        case.args.output = output;
+        assert!(matches!(refused(&case.args, &["cannot be written"]), EvalError::Output { .. }));
+    }
+    Ok(())
+}
+
+#[test]
+fn models_that_are_none() -> Result<()> {
+    let mut case = Case::new(r#"{"input_ids":[1]}"#)?;
+    case.args.model = Path::new("/nonexistent").to_owned();
+    assert!(matches!(refused(&case.args, &["/nonexistent/config.json"]), EvalError::Config(_)));
+    Ok(())
+}
+
+#[test]
+fn a_damaged_weight_is_noticed_in_the_logits() -> Result<()> {
+    let mut case = Case::new(r#"{"input_ids":[5]}"#)?;
+    let model = case.path("model");
+    std::fs::create_dir(&model)?;
+    let source = oracle::model("gptoss_window_edges");
+    std::fs::copy(source.join("config.json"), model.join("config.json"))?;
+    let mut tensors = bulkhead_tests::checkpoint::Tensors::read(&source.join("model.safetensors"))?;
+    let head = tensors.0.get_mut("lm_head.weight").ok_or_else(|| anyhow::anyhow!("no output matrix"))?;
+    let row_bytes = head.bytes.len() / 448;
+    head.bytes[3 * row_bytes..3 * row_bytes + 2].copy_from_slice(&[0xc0, 0x7f]);
+    tensors.write(&model.join("model.safetensors"))?;
+    case.args.model = model;
+    let error = refused(&case.args, &["logit 3 at position 0 is NaN"]);
+    assert!(matches!(error, EvalError::NotFinite { token: 3, position: 0, .. }));
+    Ok(())
+}
+
+#[test]
+fn a_prompt_of_thousands_of_tokens() -> Result<()> {
+    let tokens: Vec<i64> = (0..2500).map(|i| i * 7 % 440).collect();
+    let found = evaluate(&oracle::model("gptoss_long"), &tokens, Ask::reference(WeightChoice::File))?;
+    assert_eq!(found.logits.len(), tokens.len());
+    // What comes later cannot change what came before: the first tokens alone give the same logits, up to the order of
+    // sums in matrix products of another size.
+    let start = evaluate(&oracle::model("gptoss_long"), &tokens[..300], Ask::reference(WeightChoice::File))?;
+    let error = oracle::relative_error(&found.logits[..300], &start.logits);
+    assert!(error < 1e-5, "{error}");
+    Ok(())
+}
