@@ -1,1 +1,4 @@
 //! What the tests of several kinds share.
+
+pub mod http;
+pub mod service;
