@@ -1,4 +1,6 @@
 //! What the tests of several kinds share.
 
 pub mod checkpoint;
+pub mod http;
 pub mod oracle;
+pub mod service;
