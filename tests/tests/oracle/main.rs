@@ -3,4 +3,5 @@
 mod layouts;
 mod logits;
 mod rope;
+mod served;
 mod vectors;

@@ -26,6 +26,8 @@ const QUERY_CHUNK: usize = 256;
 pub enum Precision {
     /// As f32.
     F32,
+    /// As f32, but keys and values rounded to bf16: what the served decoder keeps.
+    F32WithBf16Cache,
     /// Rounded to bf16 after each operation, as a model in bf16 would be; sums inside an operation stay in f32.
     Bf16,
 }
@@ -164,6 +166,7 @@ impl<'m> Reference<'m> {
 
     /// Adds keys and values to a layer's cache and gives all of them. Shapes: `[kv_heads, T, D] -> [kv_heads, S, D]`.
     fn remember(&mut self, layer: usize, keys: Tensor, values: Tensor) -> Result<KeysValues> {
+        let (keys, values) = (self.round_cached(keys)?, self.round_cached(values)?);
         let all = match self.caches[layer].take() {
             None => KeysValues { keys, values },
             Some(past) => KeysValues {
@@ -279,9 +282,16 @@ impl<'m> Reference<'m> {
         self.linear(&y, &weights.down)
     }
 
+    fn round_cached(&self, x: Tensor) -> Result<Tensor> {
+        match self.precision {
+            Precision::F32 => Ok(x),
+            Precision::F32WithBf16Cache | Precision::Bf16 => x.to_dtype(DType::BF16)?.to_dtype(DType::F32),
+        }
+    }
+
     fn round(&self, x: &Tensor) -> Result<Tensor> {
         match self.precision {
-            Precision::F32 => Ok(x.clone()),
+            Precision::F32 | Precision::F32WithBf16Cache => Ok(x.clone()),
             Precision::Bf16 => x.to_dtype(DType::BF16)?.to_dtype(DType::F32),
         }
     }
