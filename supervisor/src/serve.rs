@@ -2,19 +2,20 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
 use bulkhead_shared::message::LoadPlan;
 use bulkhead_shared::units::Bytes;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
+use crate::admin::server::AdminSocket;
 use crate::admin::{self, AdminError};
+use crate::child;
 use crate::child::lifecycle::Settings;
 use crate::child::spawn::Spawner;
-use crate::child::{self};
 use crate::config::paths::{self, PathError};
 use crate::config::{Config, Loaded};
 use crate::fleet::Fleet;
@@ -55,10 +56,8 @@ pub enum StartError {
 }
 
 fn describe_listen(error: &std::io::Error) -> String {
-    match error.kind() {
-        std::io::ErrorKind::AddrInUse => "the address is in use".into(),
-        _ => error.to_string(),
-    }
+    let is_in_use = error.kind() == std::io::ErrorKind::AddrInUse;
+    if is_in_use { "the address is in use".into() } else { error.to_string() }
 }
 
 /// How the supervisor ended.
@@ -75,66 +74,107 @@ pub enum Ended {
 /// # Errors
 /// `StartError` when it cannot start; nothing is left behind then.
 pub async fn serve(loaded: Loaded) -> Result<Ended, StartError> {
-    let config = loaded.config;
-    let system = |what| move |source| StartError::System { what, source };
-    let model_dir = paths::check_model(&config.model)?;
-    paths::check_worker(&config.worker)?;
-    let listen_error = |source| StartError::Listen { address: config.listen, source };
-    let listener = TcpListener::bind(config.listen).await.map_err(listen_error)?;
-    let address = listener.local_addr().map_err(listen_error)?;
-    paths::make_runtime_dir(&config.runtime_dir)?;
-    let admin_socket = admin::server::open(&config.runtime_dir)?;
-    let mut signals = Signals::new().map_err(system("take over signals"))?;
-    let spawner = Spawner::new(config.worker.clone()).map_err(system("start a thread"))?;
-
-    info!(%address, model = config.model_id, folder = %config.model.display(), "bulkhead serves");
-    loaded.warnings.iter().for_each(|warning| warn!("{warning}"));
+    let Loaded { config, warnings, .. } = loaded;
+    let doors = Doors::open(&config).await?;
+    let mut signals = Signals::new().map_err(|source| StartError::System { what: "take over signals", source })?;
+    info!(address = %doors.address, model = config.model_id, folder = doors.model_dir, "bulkhead serves");
+    warnings.iter().for_each(|warning| warn!("{warning}"));
     if let Some(reason) = config.device_reason {
         info!(reason, "the model computes on the CPU");
     }
-
-    let tickets = Tickets::new(bounds(&config), config.request_timeout);
-    let child = child::start(spawner.clone(), plan(&config, model_dir), settings(&config));
-    let child_stop = child.stop.clone();
-    let child_task = tokio::spawn(tickets.clone().run(child.commands, child.reports));
-    let fleet = Fleet::new(config.model_id, config.aliases, config.device_reason, child.status, tickets.clone());
-    let fleet = Arc::new(fleet);
-    let (closing, is_closing) = watch::channel(false);
-    let http_task = tokio::spawn(http::server::serve(listener, http::router(fleet.clone(), address), is_closing));
-    let (admin_guard, admin_open) = mpsc::channel::<()>(1);
-    let admin_task = tokio::spawn(admin_socket.serve(fleet, admin_open));
+    let shutdown_timeout = config.shutdown_timeout;
+    let running = Running::start(config, doors);
 
     let name = signals.next().await;
-    let budget = Budget::new(config.shutdown_timeout);
     info!(signal = name, "shutting down: running requests may end, new ones are refused");
-    let in_order = async {
-        tickets.drain();
-        if tokio::time::timeout(budget.drain, tickets.wait_until_idle()).await.is_err() {
-            warn!("requests are still running and are ended");
-        }
-        tickets.end_all();
-        child_stop.notify_one();
-        // The last answers leave before their connections are closed.
-        closing.send_replace(true);
-        let both = async { tokio::join!(child_task, http_task) };
-        if tokio::time::timeout(budget.rest.max(Duration::from_millis(50)), both).await.is_err() {
-            warn!("the worker or a connection did not end in time");
-        }
-    };
     let ended = tokio::select! {
-        () = in_order => Ended::InOrder,
+        () = running.end(Budget::new(shutdown_timeout)) => Ended::InOrder,
         name = signals.next() => {
             warn!(signal = name, "ending at once");
             Ended::AtOnce
         }
     };
-    drop(admin_guard);
-    // It only removes its socket; a failure to do so leaves a stale one, which the next start replaces.
-    drop(admin_task.await);
-    // The thread that spawned the worker lives until here.
-    drop(spawner);
     info!("bulkhead has ended");
     Ok(ended)
+}
+
+/// Everything that may be refused at a start, in the order in which it is opened.
+struct Doors {
+    model_dir: String,
+    listener: TcpListener,
+    address: SocketAddr,
+    admin: AdminSocket,
+    spawner: Spawner,
+}
+
+impl Doors {
+    async fn open(config: &Config) -> Result<Doors, StartError> {
+        let listening = |source| StartError::Listen { address: config.listen, source };
+        let model_dir = paths::check_model(&config.model)?;
+        paths::check_worker(&config.worker)?;
+        let listener = TcpListener::bind(config.listen).await.map_err(listening)?;
+        let address = listener.local_addr().map_err(listening)?;
+        paths::make_runtime_dir(&config.runtime_dir)?;
+        let admin = admin::server::open(&config.runtime_dir)?;
+        let spawner = Spawner::new(config.worker.clone());
+        let spawner = spawner.map_err(|source| StartError::System { what: "start a thread", source })?;
+        Ok(Doors { model_dir, listener, address, admin, spawner })
+    }
+}
+
+/// The tasks of a running supervisor and the handles that end them.
+struct Running {
+    tickets: Arc<Tickets>,
+    child_stop: Arc<Notify>,
+    child: JoinHandle<()>,
+    closing: watch::Sender<bool>,
+    http: JoinHandle<()>,
+    admin_open: mpsc::Sender<()>,
+    admin: JoinHandle<()>,
+    /// Keeps the thread alive that spawned the worker: with the thread ends the worker.
+    _spawner: Spawner,
+}
+
+impl Running {
+    fn start(config: Config, doors: Doors) -> Running {
+        let tickets = Tickets::new(bounds(&config), config.request_timeout);
+        let plan = plan(&config, doors.model_dir);
+        let child = child::start(doors.spawner.clone(), plan, settings(&config));
+        let fleet = Fleet::new(config.model_id, config.aliases, config.device_reason, child.status, tickets.clone());
+        let fleet = Arc::new(fleet);
+        let (closing, is_closing) = watch::channel(false);
+        let router = http::router(fleet.clone(), doors.address);
+        let (admin_open, is_open) = mpsc::channel::<()>(1);
+        Running {
+            child_stop: child.stop,
+            child: tokio::spawn(tickets.clone().run(child.commands, child.reports)),
+            closing,
+            http: tokio::spawn(http::server::serve(doors.listener, router, is_closing)),
+            admin_open,
+            admin: tokio::spawn(doors.admin.serve(fleet, is_open)),
+            tickets,
+            _spawner: doors.spawner,
+        }
+    }
+
+    /// Ends in order: requests, worker, connections, the private door.
+    async fn end(self, budget: Budget) {
+        self.tickets.drain();
+        if tokio::time::timeout(budget.drain, self.tickets.wait_until_idle()).await.is_err() {
+            warn!("requests are still running and are ended");
+        }
+        self.tickets.end_all();
+        self.child_stop.notify_one();
+        // The last answers leave before their connections are closed.
+        self.closing.send_replace(true);
+        let both = async { tokio::join!(self.child, self.http) };
+        if tokio::time::timeout(budget.rest, both).await.is_err() {
+            warn!("the worker or a connection did not end in time");
+        }
+        drop(self.admin_open);
+        // It only removes its socket; where that fails, the next start replaces a stale one.
+        drop(self.admin.await);
+    }
 }
 
 fn bounds(config: &Config) -> Bounds {

@@ -103,7 +103,6 @@ impl Service {
     }
 
     /// Waits for a line of the log that holds a text.
-    #[must_use]
     pub fn wait_for_log(&self, text: &str) -> String {
         wait_for(text, || self.log_lines().into_iter().find(|line| line.contains(text)))
     }

@@ -102,9 +102,10 @@ fn describe(worker: &Value) -> String {
 }
 
 fn ask(socket: &Path, request: &Value) -> Result<Value, ClientError> {
-    let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::NotThere(socket.to_owned()),
-        _ => ClientError::Failed { path: socket.to_owned(), source },
+    let failed = |source: io::Error| {
+        let path = socket.to_owned();
+        let is_absent = matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+        if is_absent { ClientError::NotThere(path) } else { ClientError::Failed { path, source } }
     };
     let mut stream = UnixStream::connect(socket).map_err(failed)?;
     stream.set_read_timeout(Some(ADMIN_TIMEOUT)).map_err(failed)?;

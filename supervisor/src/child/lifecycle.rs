@@ -194,7 +194,7 @@ impl Lifecycle {
                 (self.deaths, self.start_kills) = (0, 0);
                 self.spawn(now)
             }
-            (State::Backoff, Event::Stop) => self.rest(State::Stopped, now),
+            (State::Backoff | State::Exited | State::Fatal, Event::Stop) => self.rest(State::Stopped, now),
             (State::Starting | State::Loading | State::Running, Event::Stop) => {
                 self.enter(State::Stopping, now, Some(self.settings.stop_timeout));
                 Some(Action::CloseLink)
@@ -285,7 +285,7 @@ impl Lifecycle {
                 self.pause_or_give_up(self.start_kills < self.settings.start_kills_max, self.backoff(1, jitter), now)
             }
             _ if self.has_delivered => self.spawn(now),
-            _ => {
+            Cause::NotStarted | Cause::Exit(_) | Cause::Crash { .. } | Cause::Signal { .. } | Cause::Killed(_) => {
                 self.deaths += 1;
                 let pause = self.backoff(self.deaths, jitter);
                 self.pause_or_give_up(self.deaths < self.settings.deaths_max, pause, now)
@@ -423,6 +423,7 @@ mod tests {
     fn what_a_restart_cannot_help_is_fatal_at_once() {
         let mut steps = up(1, 0);
         steps.push((1, BAD_MODEL, None, State::Fatal));
+        steps.push((2, Event::Stop, None, State::Stopped));
         check("bad model", &steps);
         let mut steps = up(1, 0);
         steps.push((1, ORDERLY, None, State::Exited));

@@ -157,9 +157,10 @@ fn read_file(path: &Path, settings: &mut Settings, faults: &mut Vec<Fault>) {
 fn flatten<'a>(prefix: &str, table: &'a DeTable<'a>, entries: &mut Vec<(String, usize, &'a DeValue<'a>)>) {
     for (key, value) in table {
         let name = format!("{prefix}{}", key.get_ref());
-        match value.get_ref() {
-            DeValue::Table(inner) => flatten(&format!("{name}."), inner, entries),
-            other => entries.push((name, key.span().start, other)),
+        if let DeValue::Table(inner) = value.get_ref() {
+            flatten(&format!("{name}."), inner, entries);
+        } else {
+            entries.push((name, key.span().start, value.get_ref()));
         }
     }
 }
@@ -200,19 +201,22 @@ impl Settings {
         Fault::Value { origin: self.get(name).1.clone(), name, reason }
     }
 
+    /// Gives a text; a path counts as one, empty where it is not UTF-8.
+    ///
+    /// # Panics
+    /// Like all that follow: when the table says that the setting is of another kind.
     pub(super) fn text(&self, name: &'static str) -> &str {
-        match &self.get(name).0 {
-            Value::Text(text) => text,
-            Value::Path(path) => path.to_str().unwrap_or_default(),
-            other => panic!("{name} is no text but {other:?}"),
+        let value = &self.get(name).0;
+        if let Value::Path(path) = value {
+            return path.to_str().unwrap_or_default();
         }
+        let Value::Text(text) = value else { panic!("{name} is no text but {value:?}") };
+        text
     }
 
     pub(super) fn path(&self, name: &'static str) -> Option<PathBuf> {
-        match &self.get(name).0 {
-            Value::Path(path) => Some(path.clone()).filter(|path| !path.as_os_str().is_empty()),
-            other => panic!("{name} is no path but {other:?}"),
-        }
+        let Value::Path(path) = &self.get(name).0 else { panic!("{name} is no path") };
+        Some(path.clone()).filter(|path| !path.as_os_str().is_empty())
     }
 
     pub(super) fn flag(&self, name: &'static str) -> bool {
@@ -220,17 +224,13 @@ impl Settings {
     }
 
     pub(super) fn list(&self, name: &'static str) -> Vec<String> {
-        match &self.get(name).0 {
-            Value::List(items) => items.clone(),
-            other => panic!("{name} is no list but {other:?}"),
-        }
+        let Value::List(items) = &self.get(name).0 else { panic!("{name} is no list") };
+        items.clone()
     }
 
     pub(super) fn number(&self, name: &'static str) -> u64 {
-        match &self.get(name).0 {
-            Value::Number(number) => *number,
-            other => panic!("{name} is no number but {other:?}"),
-        }
+        let Value::Number(number) = self.get(name).0 else { panic!("{name} is no number") };
+        number
     }
 
     pub(super) fn small(&self, name: &'static str) -> u32 {
@@ -242,9 +242,7 @@ impl Settings {
     }
 
     pub(super) fn duration(&self, name: &'static str) -> Duration {
-        match &self.get(name).0 {
-            Value::Duration(time) => *time,
-            other => panic!("{name} is no time but {other:?}"),
-        }
+        let Value::Duration(time) = self.get(name).0 else { panic!("{name} is no time") };
+        time
     }
 }

@@ -112,7 +112,9 @@ impl Events {
                 bytes.extend_from_slice(DONE);
             }
             // OpenAI's clients raise an error on any object with the key `error`.
-            end => event(bytes, &ApiError::Ended(end).object()),
+            End::Failed(_) | End::Lost(_) | End::TimedOut | End::Unserved | End::ShuttingDown | End::Unsendable => {
+                event(bytes, &ApiError::Ended(end).object())
+            }
         }
     }
 

@@ -24,8 +24,9 @@ pub(super) fn check(listen: SocketAddr, request: &Request) -> Result<(), ApiErro
 
 fn is_ours(host: &str) -> bool {
     let (name, port) = match host.rsplit_once(':') {
-        Some((name, port)) if !name.ends_with(':') && !(name.starts_with('[') && !name.ends_with(']')) => (name, port),
-        _ => (host, "0"),
+        // The last colon of an address in brackets may be one of its own.
+        Some((name, port)) if !name.starts_with('[') || name.ends_with(']') => (name, port),
+        Some(_) | None => (host, "0"),
     };
     let name = name.strip_suffix('.').unwrap_or(name);
     let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);

@@ -46,7 +46,6 @@ pub(crate) struct App {
 }
 
 /// Makes the service.
-#[must_use]
 pub fn router(fleet: Arc<Fleet>, listen: SocketAddr) -> Router {
     let app = Arc::new(App { fleet, listen, body_bytes: Semaphore::new(BODIES_BYTES_MAX) });
     Router::new()

@@ -23,10 +23,8 @@ fn accepted(extra: &Value) -> Generate {
 }
 
 fn conversation(extra: &Value) -> Chat {
-    match accepted(extra).prompt {
-        Prompt::Chat(chat) => chat,
-        other => panic!("no conversation but {other:?}"),
-    }
+    let Prompt::Chat(chat) = accepted(extra).prompt else { panic!("no conversation") };
+    chat
 }
 
 /// Gives the parameter that an error names.

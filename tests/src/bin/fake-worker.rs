@@ -251,7 +251,9 @@ impl Worker {
                     self.send(&FromWorker::Delta { id, tokens: vec![7], pieces })?;
                 },
                 "close" => {
-                    self.link.shutdown(std::net::Shutdown::Both)?;
+                    // Holds the main thread up at its next answer, where it would see the end and go.
+                    let _turn = self.writing.lock().expect("no panics");
+                    self.link.shutdown(std::net::Shutdown::Write)?;
                     sleep_forever();
                 }
                 "mute" => {
