@@ -81,7 +81,8 @@ fn run(model: &Model, blocks: u32, starts: Vec<Start>, mut watch: impl FnMut(&Fr
     let cache = KvCache::new(KvShape::of(model.decoder.config()), blocks, count as u32, STEP_TOKENS_MAX);
     let status = Arc::new(Status::default());
     let (sequence_sender, sequences) = crossbeam_channel::bounded(64);
-    let (outbox, frames) = crossbeam_channel::bounded(64);
+    // No frame waits unread, so that what `watch` does comes before the next step but one.
+    let (outbox, frames) = crossbeam_channel::bounded(0);
     let limits = EngineLimits { sequences_max: count, step_delay: Duration::ZERO };
     let engine = Engine::new(Arc::clone(&model.decoder), cache, limits, Arc::clone(&status), (sequences, outbox));
     for start in starts {
