@@ -1,6 +1,7 @@
 //! `bulkhead-worker`: the process that holds a model.
 //!
 //! Errors become exit codes here and nowhere else. A panic ends the process at once: the supervisor starts another one.
+#![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 

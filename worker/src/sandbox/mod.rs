@@ -3,6 +3,7 @@
 //! Each step returns the layer that it put in force; `Hello` reports them, and the supervisor decides whether they are
 //! enough. The order matters: nothing of a model file, prompt or frame is read before `enter` has returned.
 
+#[expect(unsafe_code, reason = "no safe wrapper closes a range of descriptors")]
 mod limits;
 
 use bulkhead_shared::message::Layer;

@@ -5,6 +5,7 @@
 //! rows in the batch nor on the number of threads. Weights stay as they are stored: each row is decoded into a buffer
 //! that lives in the cache while the batch's rows are multiplied with it.
 
+#[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod dot;
 
 use rayon::prelude::*;
