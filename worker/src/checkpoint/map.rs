@@ -29,17 +29,15 @@ impl Region {
     ///
     /// # Errors
     /// What the system says; `InvalidInput` for what is no regular file, which is not opened (a pipe would block).
-    #[allow(unsafe_code)]
+    #[expect(unsafe_code, reason = "a mapping is the one way to hold the weights once")]
     pub fn map_file(path: &Path) -> io::Result<Region> {
         if !std::fs::metadata(path)?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         let file = File::open(path)?;
-        // SAFETY: the mapping is read-only and private to this process. That the file does not change while it is
-        // mapped cannot be ensured by any call; the worker's sandbox makes the model folder read-only for it, downloads
-        // are renamed into place when whole and never rewritten, and whoever changes or truncates a file by hand ends
-        // at worst this worker (SIGBUS, or wrong weights), which the supervisor replaces. Reading into memory instead
-        // would be safe but needs a second copy of the whole model.
+        // SAFETY: the mapping is read-only. That the file does not change while it is mapped cannot be ensured by any
+        // call; whoever changes or truncates it ends at worst this worker (SIGBUS, or wrong weights), which the
+        // supervisor replaces. Reading into memory instead would be safe but needs a second copy of the whole model.
         let map = unsafe { Mmap::map(&file)? };
         let range = 0..map.len();
         Ok(Region { source: Arc::new(Source::Mapped(map)), range })

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 
 use half::bf16;
+use half::slice::HalfBitsSliceExt;
 
 use crate::model::config::Config;
 
@@ -150,7 +151,8 @@ impl Table {
 struct Pool {
     layers: usize,
     free: Vec<u32>,
-    data: Vec<bf16>,
+    /// The bits of bf16 values: zeroed integers come as untouched pages, which take no memory until they are written.
+    data: Vec<u16>,
 }
 
 /// The storage of all keys and values.
@@ -189,7 +191,7 @@ impl KvCache {
             let layers = shape.layers(kind);
             // Reversed, so that the lowest block is taken first and memory is touched from the start.
             let free = (0..blocks).rev().collect();
-            Pool { layers, free, data: vec![bf16::ZERO; blocks as usize * layers * block_elements] }
+            Pool { layers, free, data: vec![0; blocks as usize * layers * block_elements] }
         };
         let full = pool(Kind::Full, full_blocks);
         let window = pool(Kind::Window, sequences * shape.window_blocks(step_tokens));
@@ -269,8 +271,8 @@ impl KvCache {
                 Kind::Window => &mut self.window.data,
             };
             for (offset, (key, value)) in key.iter().zip(value).enumerate() {
-                data[start + offset] = bf16::from_f32(*key);
-                data[start + half + offset] = bf16::from_f32(*value);
+                data[start + offset] = bf16::from_f32(*key).to_bits();
+                data[start + half + offset] = bf16::from_f32(*value).to_bits();
             }
         }
     }
@@ -287,7 +289,7 @@ impl KvCache {
             Kind::Full => &self.full.data,
             Kind::Window => &self.window.data,
         };
-        let (keys, values) = data[start..start + 2 * self.half()].split_at(self.half());
+        let (keys, values) = data[start..start + 2 * self.half()].reinterpret_cast().split_at(self.half());
         BlockView { keys, values }
     }
 
