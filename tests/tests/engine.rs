@@ -12,7 +12,7 @@ use bulkhead_shared::message::{Failure, FinishReason, FromWorker, Piece, Usage};
 use bulkhead_shared::units::RequestId;
 use bulkhead_worker::checkpoint::Checkpoint;
 use bulkhead_worker::engine::kv_cache::{KvCache, KvShape};
-use bulkhead_worker::engine::sampler::{Defaults, Sampler};
+use bulkhead_worker::engine::sampler::Sampler;
 use bulkhead_worker::engine::sequence::{Sequence, Start};
 use bulkhead_worker::engine::{Engine, EngineLimits, STEP_TOKENS_MAX, Status};
 use bulkhead_worker::model::config::Config;
@@ -20,6 +20,7 @@ use bulkhead_worker::model::decoder::Decoder;
 use bulkhead_worker::model::weights::{self, Quantize};
 use bulkhead_worker::quant::cpu::Cpu;
 use bulkhead_worker::text::answer::{Answer, AnswerKind};
+use bulkhead_worker::text::generation_config::Defaults;
 use bulkhead_worker::text::tokenizer::Tokenizer;
 
 struct Model {

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use bulkhead_shared::generate::Sampling;
-use bulkhead_worker::engine::sampler::{Defaults, History, Sampler, Scratch, model_logprob};
+use bulkhead_worker::engine::sampler::{History, Sampler, Scratch, model_logprob};
+use bulkhead_worker::text::generation_config::Defaults;
 use serde_json::Value;
 
 use crate::support::{fixture, ids, items, text};

@@ -15,6 +15,8 @@ use std::collections::HashMap;
 
 use bulkhead_shared::generate::Sampling;
 
+use crate::text::generation_config::Defaults;
+
 /// Tokens that are sorted at first to find the set of top_p; eight times as many with each try.
 const TOP_P_FIRST_TRY: usize = 256;
 
@@ -26,28 +28,6 @@ pub struct NonFinite {
     pub token: u32,
     /// Its logit.
     pub value: f32,
-}
-
-/// The sampling that a model has where a request does not choose.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Defaults {
-    /// 0 picks the most likely token.
-    pub temperature: f32,
-    /// 0 keeps all.
-    pub top_k: u32,
-    /// 1 keeps all.
-    pub top_p: f32,
-    /// 0 keeps all.
-    pub min_p: f32,
-    /// 1 changes nothing.
-    pub repetition_penalty: f32,
-}
-
-impl Default for Defaults {
-    /// Samples from the model's distribution as it is.
-    fn default() -> Defaults {
-        Defaults { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
-    }
 }
 
 /// How often each token has occurred in a sequence.

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::engine::sampler::Defaults;
 use crate::text::error::TextError;
 use crate::text::files::read_capped;
 
@@ -21,6 +20,28 @@ pub struct GenerationConfig {
     pub eos: Vec<u32>,
     /// The sampling of a request that does not choose its own.
     pub defaults: Defaults,
+}
+
+/// The sampling that a model has where a request does not choose.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Defaults {
+    /// 0 picks the most likely token.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub min_p: f32,
+    /// 1 changes nothing.
+    pub repetition_penalty: f32,
+}
+
+impl Default for Defaults {
+    /// Samples from the model's distribution as it is.
+    fn default() -> Defaults {
+        Defaults { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
