@@ -7,6 +7,7 @@
 
 pub mod checkpoint;
 pub mod client;
+pub mod fuzz;
 pub mod http;
 pub mod oracle;
 pub mod process;
