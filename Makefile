@@ -1,0 +1,38 @@
+# Each target is the one command that the README names. They honour CARGO_TARGET_DIR, and need Rust, a C compiler and make;
+# `test` also needs Python 3. What makes them faster or stricter (cargo-nextest, cargo-deny) is used when it is installed.
+
+CARGO ?= cargo
+PYTHON ?= python3
+FUZZ_SECONDS ?= 120
+
+.PHONY: help run test bench lint fuzz
+
+help:
+	@echo 'make run    build and serve the built-in model on http://127.0.0.1:8000 until Ctrl-C'
+	@echo 'make test   run every test; a summary comes last'
+	@echo 'make lint   check format, lints, licences and advisories'
+	@echo 'make bench  measure decoding beside what the memory of this machine allows'
+	@echo 'make fuzz   run each fuzz target for FUZZ_SECONDS (now $(FUZZ_SECONDS))'
+
+# `cargo run` becomes the server itself, so that Ctrl-C and SIGTERM reach it.
+run:
+	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
+	@exec $(CARGO) run --release --quiet --package bulkhead-supervisor --bin bulkhead -- serve
+
+test:
+	@$(PYTHON) tests/run.py
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; \
+	then $(CARGO) deny --all-features check; \
+	else echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; fi
+
+bench:
+	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
+	@$(CARGO) bench --package bulkhead-tests --bench decode
+
+fuzz:
+	@$(CARGO) build --workspace --bins
+	BULKHEAD_FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --package bulkhead-tests --test fuzz -- --nocapture
