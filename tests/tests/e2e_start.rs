@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bulkhead_tests::server::{Server, binary, command, demo_model, demo_model_copy};
 use bulkhead_tests::talk::{CHAT, QUESTION, check_error, greedy, read_stream, with};
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// The time that a stop may take by default, with what a slow machine adds.
 const STOP_TIME_MAX: Duration = Duration::from_secs(6);
@@ -93,26 +93,14 @@ fn the_environment_configures_and_flags_win() {
 #[test]
 fn a_broken_model_is_named_and_not_tried_again() {
     let damages: [(&str, fn(&Path), &[&str]); 4] = [
-        ("truncated weights", |folder| truncate(&folder.join("model.safetensors"), 1_000_000), &["model.safetensors"]),
         (
-            "no weights",
-            |folder| fs::remove_file(folder.join("model.safetensors")).expect("it is there"),
-            &["safetensors"],
+            "cut weights",
+            |folder| truncate(&folder.join("model.safetensors"), 1_000_000),
+            &["model.safetensors", "tensor"],
         ),
-        (
-            "no tokenizer",
-            |folder| fs::remove_file(folder.join("tokenizer.json")).expect("it is there"),
-            &["tokenizer.json"],
-        ),
-        (
-            "other config",
-            |folder| {
-                let path = folder.join("config.json");
-                let text = fs::read_to_string(&path).expect("it is there");
-                fs::write(path, text.replace("\"vocab_size\": 2048", "\"vocab_size\": 4096")).expect("it is ours");
-            },
-            &["embed_tokens", "model.safetensors"],
-        ),
+        ("no weights", |folder| remove(&folder.join("model.safetensors")), &["safetensors"]),
+        ("no tokenizer", |folder| remove(&folder.join("tokenizer.json")), &["tokenizer.json"]),
+        ("another config", enlarge_vocabulary, &["embed_tokens", "model.safetensors"]),
     ];
     for (what, damage, words) in damages {
         let model = demo_model_copy();
@@ -140,6 +128,18 @@ fn a_broken_model_is_named_and_not_tried_again() {
         check_error(&answer.json().expect("errors are JSON"));
         assert_eq!(server.health()["workers"][0]["incarnation"], 1, "{what}: one try is enough");
     }
+}
+
+fn remove(path: &Path) {
+    fs::remove_file(path).expect("it is there");
+}
+
+/// Makes the config contradict the weights.
+fn enlarge_vocabulary(folder: &Path) {
+    let path = folder.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).expect("it is there")).expect("it is JSON");
+    config["vocab_size"] = (config["vocab_size"].as_u64().expect("a number") + 512).into();
+    fs::write(path, config.to_string()).expect("it is ours");
 }
 
 fn truncate(path: &Path, bytes: u64) {
