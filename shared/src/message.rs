@@ -8,6 +8,7 @@
 use bincode::{Decode, Encode};
 
 use crate::generate::Generate;
+use crate::limits::DETAIL_BYTES_MAX;
 use crate::units::{Bytes, RequestId};
 
 /// The version of everything in this crate. Both sides come from one build; a difference is refused at `Hello`.
@@ -276,4 +277,23 @@ pub enum Failure {
     },
     /// The supervisor asked for it.
     Cancelled,
+}
+
+/// Cuts a text for people to what a frame may carry, at a character's boundary.
+#[must_use]
+pub fn detail(text: &str) -> String {
+    text[..text.floor_char_boundary(DETAIL_BYTES_MAX)].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_detail_is_cut_between_characters() {
+        assert_eq!(detail("short"), "short");
+        let long = "é".repeat(DETAIL_BYTES_MAX);
+        assert_eq!(detail(&long).len(), DETAIL_BYTES_MAX);
+        assert_eq!(detail(&format!("x{long}")).len(), DETAIL_BYTES_MAX - 1);
+    }
 }

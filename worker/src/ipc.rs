@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 
 use bulkhead_shared::frame::{self, FrameError, LENGTH_BYTES};
-use bulkhead_shared::limits::{DETAIL_BYTES_MAX, FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
+use bulkhead_shared::limits::{FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{FromWorker, ToWorker};
 use crossbeam_channel::{Receiver, Sender};
 
@@ -105,24 +105,5 @@ fn write_frames(mut stream: UnixStream, frames: &Receiver<FromWorker>) {
         if stream.write_all(&frame).is_err() {
             return;
         }
-    }
-}
-
-/// Cuts a text for people to what a frame may carry, at a character's boundary.
-#[must_use]
-pub fn detail(text: &str) -> String {
-    text[..text.floor_char_boundary(DETAIL_BYTES_MAX)].to_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_long_detail_is_cut_between_characters() {
-        assert_eq!(detail("short"), "short");
-        let long = "é".repeat(DETAIL_BYTES_MAX);
-        assert_eq!(detail(&long).len(), DETAIL_BYTES_MAX);
-        assert_eq!(detail(&format!("x{long}")).len(), DETAIL_BYTES_MAX - 1);
     }
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
-use bulkhead_shared::message::{DeviceChoice, FromWorker, LoadPlan, PROTOCOL_VERSION, ToWorker};
+use bulkhead_shared::message::{DeviceChoice, FromWorker, LoadPlan, PROTOCOL_VERSION, ToWorker, detail};
 use bulkhead_shared::units::{Bytes, RequestId};
 use crossbeam_channel::Sender;
 use tracing::{error, info, warn};
@@ -114,7 +114,7 @@ pub fn run(proof: &Sandboxed) -> Result<(), ServeError> {
     let loaded = match load(&plan, &outbound.outbox) {
         Ok(loaded) => loaded,
         Err(error) => {
-            say(&outbound.outbox, FromWorker::LoadFailed { detail: ipc::detail(&error.to_string()) });
+            say(&outbound.outbox, FromWorker::LoadFailed { detail: detail(&error.to_string()) });
             outbound.flush();
             return Err(error);
         }
@@ -140,7 +140,7 @@ fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Loaded, ServeErr
         let due = reported.is_none_or(|at: Instant| at.elapsed() >= PROGRESS_INTERVAL) || done == total;
         if due {
             reported = Some(Instant::now());
-            say(outbox, FromWorker::Progress { done: Bytes(done), total: Bytes(total), what: ipc::detail(what) });
+            say(outbox, FromWorker::Progress { done: Bytes(done), total: Bytes(total), what: detail(what) });
         }
     })?;
     let available = memory::available_memory().unwrap_or(AVAILABLE_DEFAULT);

@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bulkhead_shared::generate::{Generate, Prompt};
-use bulkhead_shared::message::{Failure, FromWorker};
+use bulkhead_shared::message::{Failure, FromWorker, detail};
 use crossbeam_channel::{Receiver, Sender};
 
 use super::sampler::Sampler;
 use super::sequence::{Sequence, Start};
-use crate::ipc::detail;
 use crate::text::answer::{Answer, AnswerKind};
 use crate::text::error::TextError;
 use crate::text::generation_config::GenerationConfig;
