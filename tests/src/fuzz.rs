@@ -61,8 +61,8 @@ impl Random {
     ///
     /// # Panics
     /// When there is none.
-    pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
-        &from[self.below(from.len())]
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
     }
 
     /// Gives up to `max` random bytes.
@@ -140,7 +140,7 @@ pub fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
                 let inserted = random.bytes(16);
                 bytes.splice(at..at, inserted);
             }
-            _ => bytes[at] = *random.pick(b"{}[]\",:0-9e\\u\0\xff\xfd\xfc\xfb"),
+            _ => bytes[at] = random.pick(b"{}[]\",:0-9e\\u\0\xff\xfd\xfc\xfb"),
         }
     }
 }
@@ -207,9 +207,9 @@ fn random_value(random: &mut Random) -> Value {
     match random.below(10) {
         0 => Value::Null,
         1 => Value::Bool(random.once_in(2)),
-        2 => (*random.pick(&EDGES)).into(),
-        3 => (*random.pick(&EDGES)).cast_signed().into(),
-        4 => (*random.pick(&[-0.0, 0.5, 1e-300, f64::MAX, -1e9, 2.000001])).into(),
+        2 => random.pick(&EDGES).into(),
+        3 => random.pick(&EDGES).cast_signed().into(),
+        4 => random.pick(&[-0.0, 0.5, 1e-300, f64::MAX, -1e9, 2.000001]).into(),
         5 => String::from_utf8_lossy(&random.bytes(40)).into_owned().into(),
         6 => "x".repeat(random.below(4096)).into(),
         7 => Value::Array(Vec::new()),

@@ -90,9 +90,12 @@ fn the_environment_configures_and_flags_win() {
     assert_eq!(server.get("/v1/models").json().expect("JSON")["data"][0]["id"], "from-flag");
 }
 
+/// Does something to a model folder.
+type Damage = fn(&Path);
+
 #[test]
 fn a_broken_model_is_named_and_not_tried_again() {
-    let damages: [(&str, fn(&Path), &[&str]); 4] = [
+    let damages: [(&str, Damage, &[&str]); 4] = [
         (
             "cut weights",
             |folder| truncate(&folder.join("model.safetensors"), 1_000_000),

@@ -98,7 +98,7 @@ fn ask_until(server: &Server, is_over: &AtomicBool, ends: &Ends, client: usize) 
         if is_over.load(Ordering::Relaxed) {
             return;
         }
-        let is_stream = (round + client) % 2 == 0;
+        let is_stream = (round + client).is_multiple_of(2);
         let answer = server.post(CHAT, &with(request.clone(), json!({"stream": is_stream})));
         let failed = match (answer.status, is_stream) {
             (200, true) => read_stream(answer.events()).expect("a stream ends in order").error.is_some(),

@@ -89,7 +89,7 @@ where
 {
     let mut frame = match random.below(8) {
         0 => random.bytes(256),
-        _ => encode(random.pick(corpus), bytes_max).expect("the corpus fits"),
+        _ => encode(&corpus[random.below(corpus.len())], bytes_max).expect("the corpus fits"),
     };
     mutate(&mut frame, random);
     let Some((prefix, payload)) = frame.split_first_chunk::<LENGTH_BYTES>() else { return };

@@ -41,8 +41,8 @@ fn tokens(tokenizer: &Tokenizer, random: &mut Random) -> Vec<u32> {
     let mut tokens = Vec::new();
     for _ in 0..random.below(60) {
         match random.below(4) {
-            0 | 1 => tokens.extend(tokenizer.special_id(*random.pick(&MARKERS))),
-            2 => tokens.extend(tokenizer.encode_ordinary(*random.pick(&WORDS)).expect("words are ordinary text")),
+            0 | 1 => tokens.extend(tokenizer.special_id(random.pick(&MARKERS))),
+            2 => tokens.extend(tokenizer.encode_ordinary(random.pick(&WORDS)).expect("words are ordinary text")),
             // Also ids behind the vocabulary, which a model with more rows than that can choose.
             _ => tokens.push(u32::try_from(random.below(tokenizer.len() + 8)).expect("vocabularies are small")),
         }
@@ -61,7 +61,7 @@ fn check_answer(tokenizer: &Arc<Tokenizer>, random: &mut Random) {
     let tokens = tokens(tokenizer, random);
     let kind = if random.once_in(4) { AnswerKind::Plain } else { AnswerKind::Harmony };
     let stops: Vec<String> = STOPS[..random.below(STOPS.len() + 1)].iter().map(|stop| (*stop).to_owned()).collect();
-    let end = *random.pick(&[AnswerEnd::Eos, AnswerEnd::Length]);
+    let end = random.pick(&[AnswerEnd::Eos, AnswerEnd::Length]);
     let new =
         || Answer::new(kind, stops.clone(), tokenizer.clone()).expect("the built-in tokenizer has harmony's tokens");
 
