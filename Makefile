@@ -14,10 +14,11 @@ help:
 	@echo 'make bench  measure decoding beside what the memory of this machine allows'
 	@echo 'make fuzz   run each fuzz target for FUZZ_SECONDS (now $(FUZZ_SECONDS))'
 
-# `cargo run` becomes the server itself, so that Ctrl-C and SIGTERM reach it.
+# The shell becomes the server, so that Ctrl-C and SIGTERM reach it. Not by `cargo run`, which would build the supervisor again
+# with the features that it needs without the worker.
 run:
 	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
-	@exec $(CARGO) run --release --quiet --package bulkhead-supervisor --bin bulkhead -- serve
+	@exec "$${CARGO_TARGET_DIR:-target}/release/bulkhead" serve
 
 test:
 	@$(PYTHON) tests/run.py
