@@ -4,3 +4,4 @@ pub mod checkpoint;
 pub mod http;
 pub mod oracle;
 pub mod service;
+pub mod synth;
