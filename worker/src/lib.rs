@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod engine;
 pub mod eval;
 pub mod ipc;
+pub mod loader;
 pub mod memory;
 pub mod model;
 pub mod quant;
