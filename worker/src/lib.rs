@@ -3,6 +3,7 @@
 //! From the top: `serve` is the life of an incarnation; `engine` decides what each step computes; `model` computes it with
 //! the products of `quant` on weights that `checkpoint` maps; `text` turns conversations into tokens and tokens into text.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod engine;
 pub mod eval;
