@@ -13,5 +13,6 @@ pub mod oracle;
 pub mod process;
 pub mod server;
 pub mod service;
+pub mod synth;
 pub mod talk;
 pub mod wait;

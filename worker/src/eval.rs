@@ -268,7 +268,7 @@ fn compute(
 }
 
 /// Finds the token with the largest logit, the lowest id on a tie.
-fn most_likely(logits: &[f32]) -> u32 {
+pub(crate) fn most_likely(logits: &[f32]) -> u32 {
     let mut best = 0;
     for (token, logit) in logits.iter().enumerate() {
         if *logit > logits[best] {

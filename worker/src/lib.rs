@@ -4,10 +4,12 @@
 //! the products of `quant` on weights that `checkpoint` maps; `text` turns conversations into tokens and tokens into text.
 #![deny(unsafe_code)]
 
+pub mod bench;
 pub mod checkpoint;
 pub mod engine;
 pub mod eval;
 pub mod ipc;
+pub mod loader;
 pub mod memory;
 pub mod model;
 pub mod quant;

@@ -6,11 +6,12 @@
 use std::process::ExitCode;
 
 use bulkhead_shared::exit::WorkerExit;
-use bulkhead_worker::{eval, sandbox, serve};
+use bulkhead_worker::{bench, eval, sandbox, serve};
 use clap::{Parser, Subcommand};
 use tracing::error;
 
-/// The process that holds a model. `bulkhead` starts it; by hand it computes logits for comparison.
+/// The process that holds a model. `bulkhead` starts it; by hand it computes logits for comparison,
+/// and measures speed.
 #[derive(Debug, Parser)]
 #[command(name = "bulkhead-worker", version, arg_required_else_help = true)]
 struct Cli {
@@ -24,19 +25,27 @@ enum Command {
     Serve,
     /// Compute the logits of a prompt and write them to a file.
     Eval(eval::EvalArgs),
+    /// Measure how fast a model computes here, and how much of the memory's bandwidth that uses.
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> ExitCode {
     end_at_panic();
     match Cli::parse().command {
         Command::Serve => serve(),
-        Command::Eval(args) => match eval::run(&args) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("bulkhead-worker: {error}");
-                ExitCode::from(2)
-            }
-        },
+        Command::Eval(args) => end_by_hand(eval::run(&args)),
+        Command::Bench(args) => end_by_hand(bench::run(&args)),
+    }
+}
+
+/// Ends a command that a person started.
+fn end_by_hand(result: Result<(), impl std::fmt::Display>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bulkhead-worker: {error}");
+            ExitCode::from(2)
+        }
     }
 }
 

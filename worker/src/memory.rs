@@ -1,4 +1,4 @@
-//! The plan: what goes where in memory, decided before the first allocation. Pure but for one reader of /proc.
+//! The plan: what goes where in memory, decided before the first allocation. Pure but for the readers of /proc and /sys.
 
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
 use bulkhead_shared::message::{Facts, LoadPlan, MemoryKind};
@@ -137,8 +137,41 @@ impl MemoryPlan {
 #[must_use]
 pub fn available_memory() -> Option<Bytes> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    field(&text, "MemAvailable:")
+}
+
+/// What this process has in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resident {
+    /// The most that it ever had, touched pages of mapped files included.
+    pub peak: Bytes,
+    /// What is not backed by a file, now.
+    pub anonymous: Bytes,
+}
+
+/// Reads what this process has in memory. `None` where /proc does not say.
+#[must_use]
+pub fn resident() -> Option<Resident> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    Some(Resident { peak: field(&text, "VmHWM:")?, anonymous: field(&text, "RssAnon:")? })
+}
+
+/// Reads the size of the processor's largest cache. `None` where /sys does not say.
+#[must_use]
+pub fn last_level_cache() -> Option<Bytes> {
+    let levels = std::fs::read_dir("/sys/devices/system/cpu/cpu0/cache").ok()?;
+    let size = |level: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(level.path().join("size")).ok()?;
+        let kib: u64 = text.trim().strip_suffix('K')?.parse().ok()?;
+        Some(Bytes(kib.checked_mul(1024)?))
+    };
+    levels.filter_map(Result::ok).filter_map(size).max()
+}
+
+/// Finds a size of the form `Name:  123 kB`.
+fn field(text: &str, name: &str) -> Option<Bytes> {
+    let value = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(Bytes(kib.checked_mul(1024)?))
 }
 

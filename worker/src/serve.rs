@@ -6,38 +6,27 @@
 
 use std::collections::HashMap;
 use std::net::Shutdown;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
-use bulkhead_shared::message::{DeviceChoice, FromWorker, LoadPlan, PROTOCOL_VERSION, ToWorker, detail};
+use bulkhead_shared::message::{FromWorker, LoadPlan, PROTOCOL_VERSION, ToWorker, detail};
 use bulkhead_shared::units::{Bytes, RequestId};
 use crossbeam_channel::Sender;
 use tracing::{error, info, warn};
 
-use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::engine::intake::{Arrival, Intake};
 use crate::engine::kv_cache::{KvCache, KvShape};
 use crate::engine::{Engine, EngineError, EngineLimits, STEP_TOKENS_MAX, Status};
 use crate::ipc::{self, Inbound, LinkError};
-use crate::memory::{self, PlanError};
-use crate::model::config::{Config, ConfigError};
+use crate::loader::{self, LoadError, LoadedModel};
 use crate::model::decoder::Decoder;
-use crate::model::weights::{self, Quantize};
-use crate::quant::cpu::Cpu;
 use crate::sandbox::Sandboxed;
-use crate::text::error::TextError;
-use crate::text::generation_config::GenerationConfig;
-use crate::text::tokenizer::Tokenizer;
 
 /// The least time between two reports of a load's progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-
-/// Memory taken for granted where the system does not say how much is free.
-const AVAILABLE_DEFAULT: Bytes = Bytes(4 << 30);
 
 /// Why an incarnation ended other than in order.
 #[derive(Debug, thiserror::Error)]
@@ -51,21 +40,9 @@ pub enum ServeError {
     /// More requests at once than agreed.
     #[error("the supervisor sent more than {WORKER_REQUESTS_MAX} requests at once")]
     TooManyRequests,
-    /// The model.
+    /// The load.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// The model's configuration.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The model's text.
-    #[error(transparent)]
-    Text(#[from] TextError),
-    /// The plan.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// A device that this build cannot use.
-    #[error("this worker computes on the processor and cannot use CUDA device {0}")]
-    NoSuchDevice(u32),
+    Load(#[from] LoadError),
     /// A thread that the system refused.
     #[error("a thread could not be started: {0}")]
     Thread(#[source] std::io::Error),
@@ -80,8 +57,7 @@ impl ServeError {
     pub fn exit(&self) -> WorkerExit {
         match self {
             ServeError::Link(_) | ServeError::OutOfTurn(_) | ServeError::TooManyRequests => WorkerExit::Protocol,
-            ServeError::Checkpoint(_) | ServeError::Config(_) | ServeError::Text(_) => WorkerExit::BadModel,
-            ServeError::Plan(_) | ServeError::NoSuchDevice(_) => WorkerExit::BadConfig,
+            ServeError::Load(error) => error.exit(),
             ServeError::Thread(_) => WorkerExit::OutOfHostMemory,
             ServeError::Engine(EngineError::NonFinite(_)) => WorkerExit::NonFinite,
         }
@@ -125,41 +101,30 @@ pub fn run(proof: &Sandboxed) -> Result<(), ServeError> {
 }
 
 fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Loaded, ServeError> {
-    if let DeviceChoice::Cuda(index) = plan.device {
-        return Err(ServeError::NoSuchDevice(index));
-    }
-    let dir = Path::new(&plan.model_dir);
-    let checkpoint = Checkpoint::open(dir)?;
-    let config = Config::read(dir)?;
-    let tokenizer = Arc::new(Tokenizer::open(dir)?);
-    let defaults = GenerationConfig::open(dir)?;
-    let cpu = Cpu::start(plan.threads as usize).map_err(|error| ServeError::Thread(std::io::Error::other(error)))?;
-
     let mut reported = None;
-    let weights = weights::load(&checkpoint, &config, Quantize::File, &mut |done, total, what| {
+    let LoadedModel { decoder, tokenizer, defaults, planned } = loader::load(plan, &mut |done, total, what| {
         let due = reported.is_none_or(|at: Instant| at.elapsed() >= PROGRESS_INTERVAL) || done == total;
         if due {
             reported = Some(Instant::now());
             say(outbox, FromWorker::Progress { done: Bytes(done), total: Bytes(total), what: detail(what) });
         }
     })?;
-    let available = memory::available_memory().unwrap_or(AVAILABLE_DEFAULT);
-    let planned = memory::plan(&config, Bytes(weights.stored_bytes()), plan, available)?;
     if let Some(model) = planned.context_given_up {
         warn!(context = planned.context_tokens, model, "context made smaller to fit memory");
     }
     info!(weights = %planned.weights, kv = %planned.kv, scratch = %planned.scratch, "model planned");
-    let cache = KvCache::new(KvShape::of(&config), planned.full_blocks, planned.sequences, STEP_TOKENS_MAX);
-    let ready = FromWorker::Ready(planned.facts(&config, cpu.describe(), weights.format_name()));
+    let config = decoder.config();
+    let cache = KvCache::new(KvShape::of(config), planned.full_blocks, planned.sequences, STEP_TOKENS_MAX);
+    let facts = planned.facts(config, decoder.describe_device(), decoder.weights().format_name());
     let intake = Intake {
         eos: defaults.eos.clone().into(),
-        tokenizer,
+        tokenizer: Arc::new(tokenizer),
         defaults,
         context_tokens: planned.context_tokens,
         vocabulary: u32::try_from(config.vocab_size).unwrap_or(u32::MAX),
     };
-    let decoder = Arc::new(Decoder::new(config, weights, cpu));
-    Ok(Loaded { decoder, cache, intake, sequences_max: planned.sequences as usize, ready })
+    let (decoder, sequences_max) = (Arc::new(decoder), planned.sequences as usize);
+    Ok(Loaded { decoder, cache, intake, sequences_max, ready: FromWorker::Ready(facts) })
 }
 
 /// A worker that takes requests.

@@ -76,6 +76,14 @@ impl KvShape {
         self.layer_block_bytes() * self.layers(Kind::Window) as u64 * u64::from(self.window_blocks(step_tokens))
     }
 
+    /// Gives the bytes of keys and values that a token at `position` reads in all layers, its own included.
+    #[must_use]
+    pub fn read_bytes(&self, position: u32) -> u64 {
+        let token = self.layer_block_bytes() / u64::from(BLOCK_TOKENS);
+        let visible = |span: &Span| u64::from(position - span.first_visible(position) + 1);
+        self.spans.iter().map(visible).sum::<u64>() * token
+    }
+
     fn layer_block_bytes(&self) -> u64 {
         2 * self.kv_heads as u64 * self.head_dim as u64 * u64::from(BLOCK_TOKENS) * ELEMENT_BYTES
     }
@@ -198,10 +206,16 @@ impl KvCache {
         KvCache { full, window, slots, full_blocks, shape }
     }
 
+    /// Makes a cache for `sequences` of at most `tokens` tokens each.
+    #[must_use]
+    pub fn for_many(shape: KvShape, sequences: u32, tokens: u32, step_tokens: u32) -> KvCache {
+        KvCache::new(shape, sequences * tokens.div_ceil(BLOCK_TOKENS), sequences, step_tokens)
+    }
+
     /// Makes a cache for one sequence of at most `tokens` tokens.
     #[must_use]
     pub fn for_one(shape: KvShape, tokens: u32, step_tokens: u32) -> KvCache {
-        KvCache::new(shape, tokens.div_ceil(BLOCK_TOKENS), 1, step_tokens)
+        KvCache::for_many(shape, 1, tokens, step_tokens)
     }
 
     /// Gives the number of blocks, and of free ones, in the pool of whole-context layers.
@@ -341,6 +355,15 @@ mod tests {
             let expected = bf16::from_f32(key(layer, position, head));
             assert_eq!(view.keys[at..at + 4], [expected; 4]);
             assert_eq!(view.values[at..at + 4], [-expected; 4]);
+        }
+    }
+
+    #[test]
+    fn a_token_reads_its_window_or_everything() {
+        let shape = KvShape { spans: vec![Span::Window(40), Span::Full], kv_heads: 2, head_dim: 4 };
+        for (position, keys) in [(0, 2), (39, 80), (40, 81), (99, 140)] {
+            // A key and a value of two heads of four elements, two bytes each.
+            assert_eq!(shape.read_bytes(position), keys * 2 * 2 * 4 * 2, "{position}");
         }
     }
 

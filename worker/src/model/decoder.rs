@@ -58,6 +58,18 @@ impl Decoder {
         &self.config
     }
 
+    /// Gives the weights.
+    #[must_use]
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Gives the place where the model computes.
+    #[must_use]
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
     /// Describes where the model computes, for people.
     #[must_use]
     pub fn describe_device(&self) -> String {

@@ -8,6 +8,8 @@
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod dot;
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
@@ -23,6 +25,8 @@ pub struct Cpu {
     pool: ThreadPool,
     instructions: Instructions,
     dot: Dot,
+    /// Bytes of weights and biases that products have read so far.
+    bytes_read: AtomicU64,
 }
 
 impl Cpu {
@@ -37,15 +41,27 @@ impl Cpu {
         };
         let pool = ThreadPoolBuilder::new().num_threads(count).thread_name(|i| format!("compute-{i}")).build()?;
         let instructions = Instructions::detect();
-        Ok(Cpu { pool, instructions, dot: instructions.dot() })
+        Ok(Cpu { pool, instructions, dot: instructions.dot(), bytes_read: AtomicU64::new(0) })
     }
 
     /// Describes the processor for people: `cpu (avx2, 2 threads)`.
     #[must_use]
     pub fn describe(&self) -> String {
-        let threads = self.pool.current_num_threads();
+        let threads = self.threads();
         let plural = if threads == 1 { "" } else { "s" };
         format!("cpu ({}, {threads} thread{plural})", self.instructions.as_str())
+    }
+
+    /// Gives the number of threads.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// Gives the bytes of weights and biases that products have read so far: each as stored, once for a whole batch.
+    #[must_use]
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
     }
 
     /// Multiplies a batch with a weight and adds the bias: `out = x * weight^T + bias`.
@@ -60,6 +76,8 @@ impl Cpu {
         assert_eq!(x.len(), batch * columns, "the batch is no multiple of the weight's columns");
         assert_eq!(out.len(), batch * rows, "the result does not fit batch and rows");
         assert!(bias.is_none_or(|bias| bias.len() == rows), "the bias does not fit the weight's rows");
+        let read = weight.stored_bytes() + bias.map_or(0, size_of_val);
+        self.bytes_read.fetch_add(read as u64, Ordering::Relaxed);
         if batch == 1 {
             self.rows_times_batch(x, weight, bias, out);
             return;

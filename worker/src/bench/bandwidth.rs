@@ -1,0 +1,59 @@
+//! How fast the machine's threads read memory: what decode could reach if computing were free.
+//!
+//! A plain sum over a buffer that no cache holds, on the threads that compute the model, several times.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use bulkhead_shared::units::Bytes;
+use serde::Serialize;
+
+use super::BenchError;
+use super::report::Spread;
+use crate::memory::{available_memory, last_level_cache};
+use crate::quant::cpu::Cpu;
+
+/// Passes that are measured, after one that is not.
+const PASSES: usize = 9;
+
+/// The buffer, in units of the last cache's size, and its least.
+const CACHES: u64 = 4;
+const BUFFER_BYTES_MIN: u64 = 256 << 20;
+
+/// The last cache's size where the system does not say.
+const CACHE_DEFAULT: Bytes = Bytes(64 << 20);
+
+/// What one task reads. Units: elements.
+const CHUNK: usize = 1 << 18;
+
+/// The bandwidth that was measured.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Bandwidth {
+    /// The buffer that was read.
+    pub(super) buffer_bytes: u64,
+    /// Of the passes.
+    pub(super) bytes_per_second: Spread,
+}
+
+/// Measures how fast all threads together read.
+pub(super) fn measure(cpu: &Cpu) -> Result<Bandwidth, BenchError> {
+    let cache = last_level_cache().unwrap_or(CACHE_DEFAULT);
+    let bytes = (CACHES * cache.0).max(BUFFER_BYTES_MIN);
+    if let Some(available) = available_memory().filter(|available| available.0 < 2 * bytes) {
+        return Err(BenchError::NoRoomForBuffer { needed: Bytes(bytes), available });
+    }
+    let mut buffer = vec![0.0f32; bytes as usize / size_of::<f32>()];
+    // Written on the threads that read it, so that it lies near them.
+    cpu.for_each_chunk(&mut buffer, CHUNK, |index, chunk| chunk.fill(index as f32));
+    let mut rates = Vec::new();
+    for pass in 0..=PASSES {
+        let started = Instant::now();
+        cpu.for_each_chunk(&mut buffer, CHUNK, |_, chunk| {
+            black_box(chunk.iter().fold(0u32, |sum, value| sum.wrapping_add(value.to_bits())));
+        });
+        if pass > 0 {
+            rates.push(bytes as f64 / started.elapsed().as_secs_f64());
+        }
+    }
+    Ok(Bandwidth { buffer_bytes: bytes, bytes_per_second: Spread::of(&rates) })
+}
