@@ -4,6 +4,7 @@
 CARGO ?= cargo
 PYTHON ?= python3
 FUZZ_SECONDS ?= 120
+MODEL ?= worker/demo-model/checkpoint
 
 .PHONY: help run test bench lint fuzz
 
@@ -11,7 +12,7 @@ help:
 	@echo 'make run    build and serve the built-in model on http://127.0.0.1:8000 until Ctrl-C'
 	@echo 'make test   run every test; a summary comes last'
 	@echo 'make lint   check format, lints, licences and advisories'
-	@echo 'make bench  measure decoding beside what the memory of this machine allows'
+	@echo 'make bench  measure MODEL (now $(MODEL)) beside what the memory of this machine allows'
 	@echo 'make fuzz   run each fuzz target for FUZZ_SECONDS (now $(FUZZ_SECONDS))'
 
 # The shell becomes the server, so that Ctrl-C and SIGTERM reach it. Not by `cargo run`, which would build the supervisor again
@@ -32,7 +33,7 @@ lint:
 
 bench:
 	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
-	@$(CARGO) bench --package bulkhead-tests --bench decode
+	@"$${CARGO_TARGET_DIR:-target}/release/bulkhead-worker" bench --model "$(MODEL)"
 
 fuzz:
 	@$(CARGO) build --workspace --bins
