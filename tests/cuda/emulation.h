@@ -210,6 +210,7 @@ inline uint32_t half_of_float(float value) {
     float magnitude = fabsf(value);
     if (value != value) return sign | 0x7e00;
     if (magnitude >= 65520.0f) return sign | 0x7c00;
+    if (magnitude == 0) return sign;
     int exponent;
     frexpf(magnitude, &exponent);
     int shift = exponent < -13 ? 24 : 11 - exponent;

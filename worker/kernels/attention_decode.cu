@@ -11,20 +11,12 @@ constexpr u32 DECODE_THREADS = 128;
 constexpr u32 DECODE_WARPS = DECODE_THREADS / WARP;
 // Query heads that are computed at a time, and the pairs of a head that a lane holds.
 constexpr u32 HEADS = 8;
-constexpr u32 PAIRS_MAX = 2;
-
-// The positions that a row sees, both inclusive. Window 0: all.
-struct Visible {
-    u32 first;
-    u32 last;
-    __device__ __forceinline__ Visible(u32 position, u32 window)
-        : first(window != 0 && position + 1 > window ? position + 1 - window : 0), last(position) {}
-};
+constexpr u32 LANE_PAIRS = 2;
 
 struct DecodeShared {
     float scores[HEADS][CUT_TOKENS];
-    float sums[DECODE_WARPS][HEADS][2 * PAIRS_MAX * WARP];
-    float queries[HEADS][2 * PAIRS_MAX * WARP];
+    float sums[DECODE_WARPS][HEADS][2 * LANE_PAIRS * WARP];
+    float queries[HEADS][2 * LANE_PAIRS * WARP];
     u32 blocks[CUT_TOKENS / BLOCK_TOKENS];
 };
 
@@ -70,13 +62,13 @@ __device__ __forceinline__ void power_cut(float* scores, u32 from, u32 to, float
 template <class Kv>
 __device__ __forceinline__ void add_values(DecodeShared& shared, const Layer& layer, u32 kv_head, u32 start, u32 from, u32 to) {
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    float sums[HEADS][2 * PAIRS_MAX] = {};
+    float sums[HEADS][2 * LANE_PAIRS] = {};
     u32 begin = from + (warp + DECODE_WARPS - from % DECODE_WARPS) % DECODE_WARPS;
 #pragma unroll 4
     for (u32 token = begin; token < to; token += DECODE_WARPS) {
         const u8* block = layer.head_block(shared.blocks[token / BLOCK_TOKENS], kv_head, Kv::block_bytes(layer.dim));
 #pragma unroll
-        for (u32 i = 0; i < PAIRS_MAX; i++) {
+        for (u32 i = 0; i < LANE_PAIRS; i++) {
             u32 at = 2 * (lane + i * WARP);
             if (at >= layer.dim) continue;
             float value[2];
@@ -92,7 +84,7 @@ __device__ __forceinline__ void add_values(DecodeShared& shared, const Layer& la
 #pragma unroll
     for (u32 head = 0; head < HEADS; head++) {
 #pragma unroll
-        for (u32 i = 0; i < PAIRS_MAX; i++) {
+        for (u32 i = 0; i < LANE_PAIRS; i++) {
             shared.sums[warp][head][2 * (lane + i * WARP)] = sums[head][2 * i];
             shared.sums[warp][head][2 * (lane + i * WARP) + 1] = sums[head][2 * i + 1];
         }

@@ -23,6 +23,14 @@ struct Tables {
     }
 };
 
+// The positions that a row sees, both inclusive. Window 0: all.
+struct Visible {
+    u32 first;
+    u32 last;
+    __device__ __forceinline__ Visible(u32 position, u32 window)
+        : first(window != 0 && position + 1 > window ? position + 1 - window : 0), last(position) {}
+};
+
 // One layer's part of a pool.
 struct Layer {
     u8* pool;
