@@ -105,9 +105,9 @@ class Experts:
 
     def route(self):
         moe = self.modules["moe"]
-        moe.launch("moe_router", [EXPERTS // 8, self.tokens], 256, 0,
-                   [self.router, self.router_bias, self.wide, EXPERTS, HIDDEN, self.logits])
-        moe.launch("moe_route", [1], 1024, 0,
+        moe.launch("moe_router", [EXPERTS, self.tokens], 128, 0,
+                   [self.router, self.router_bias, self.wide, HIDDEN, self.logits])
+        moe.launch("moe_route", [1], 256, 0,
                    [self.logits, self.tokens, EXPERTS, USED, self.chosen, self.weights, self.count, self.experts,
                     self.firsts, self.slots])
 
@@ -162,7 +162,7 @@ class Attention:
         angles = cp.random.random((self.rows, DIM // 2), dtype=cp.float32) * 6
         self.cosines, self.sines = cp.cos(angles), cp.sin(angles)
         self.sinks = cp.random.standard_normal(QUERY_HEADS, dtype=cp.float32)
-        self.cuts = max(p // 256 - (max(0, p + 1 - window) // 256 if window else 0) + 1 for p in positions)
+        self.cuts = max(p // 128 - (max(0, p + 1 - window) // 128 if window else 0) + 1 for p in positions)
         self.partial = cp.full((self.rows, QUERY_HEADS, self.cuts, DIM + 2), cp.nan, dtype=cp.float32)
         self.out = cp.full((self.rows, QUERY_HEADS * DIM), 0x7FC0, dtype=cp.uint16)
 
@@ -327,6 +327,12 @@ def time_rest(modules, copy):
         seen = sum(min(p + 1, window or p + 1) for p in positions)
         rate = seen * KV_HEADS * DIM * 4 / time
         print(f"{f'rope + attention, {len(positions)} x {positions[0] + 1}':34} {time:8.2f} {rate / 1e3:7.0f} {rate / copy:8.1%}")
+    experts = Experts(modules, "nf4_nested", 1)
+    print(f"{'router and choice of experts':34} {microseconds(lambda: [experts.route() for _ in range(10)]) / 10:8.2f}")
+    x, gain = cp.ones((1, HIDDEN), cp.float32), cp.ones(HIDDEN, cp.float32)
+    norm = [x, experts.out, USED, experts.weights, None, gain, 1e-5, HIDDEN, experts.x, experts.wide]
+    time = microseconds(lambda: [modules["norm"].launch("add_norm", [1], 512, 0, norm) for _ in range(10)]) / 10
+    print(f"{'add_norm':34} {time:8.2f}")
     chooser = Chooser(modules, cp.random.standard_normal((1, VOCABULARY), dtype=cp.float32), [1.0])
     print(f"{'choice at temperature 1':34} {microseconds(lambda: [chooser.launch() for _ in range(10)]) / 10:8.2f}")
 

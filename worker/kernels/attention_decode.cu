@@ -1,20 +1,23 @@
 // Attention of single tokens over paged keys and values, with sinks and a sliding window.
 //
-// Agrees with: LayerAttention::attend (worker/src/model/attention.rs). The context is cut at multiples of 256 positions;
+// Agrees with: LayerAttention::attend (worker/src/model/attention.rs). The context is cut at multiples of 128 positions;
 // a block takes one cut of one row for the query heads that share a head of keys, and a second kernel adds the cuts in
 // ascending order. Where the cuts lie follows from positions alone, so a token's sums have one order whatever the batch.
 
 #include "kv.cuh"
 
-constexpr u32 CUT_TOKENS = 256;
+constexpr u32 CUT_TOKENS = 128;
 constexpr u32 DECODE_THREADS = 128;
 constexpr u32 DECODE_WARPS = DECODE_THREADS / WARP;
 // Query heads that are computed at a time, and the pairs of a head that a lane holds.
 constexpr u32 HEADS = 8;
 constexpr u32 LANE_PAIRS = 2;
 
-struct DecodeShared {
-    float scores[HEADS][CUT_TOKENS];
+// Scores of a token stand together, for all heads, with a stride that spreads the banks.
+constexpr u32 SCORE_STRIDE = HEADS + 4;
+
+struct alignas(16) DecodeShared {
+    float scores[CUT_TOKENS][SCORE_STRIDE];
     float sums[DECODE_WARPS][HEADS][2 * LANE_PAIRS * WARP];
     float queries[HEADS][2 * LANE_PAIRS * WARP];
     u32 blocks[CUT_TOKENS / BLOCK_TOKENS];
@@ -26,34 +29,46 @@ __device__ __forceinline__ void score_cut(DecodeShared& shared, const Layer& lay
     for (u32 token = from + threadIdx.x; token < to; token += DECODE_THREADS) {
         const u8* block = layer.head_block(shared.blocks[token / BLOCK_TOKENS], kv_head, Kv::block_bytes(layer.dim));
         float sums[HEADS] = {};
+#pragma unroll 2
         for (u32 at = 0; at < layer.dim; at += 8) {
             float key[8];
             Kv::load8(block, 0, (start + token) % BLOCK_TOKENS, layer.dim, at, key);
 #pragma unroll
             for (u32 head = 0; head < HEADS; head++) {
 #pragma unroll
-                for (u32 i = 0; i < 8; i++) sums[head] = fmaf(key[i], shared.queries[head][at + i], sums[head]);
+                for (u32 i = 0; i < 8; i += 4) {
+                    float4 query = *(const float4*)&shared.queries[head][at + i];
+                    sums[head] = fmaf(key[i], query.x, sums[head]);
+                    sums[head] = fmaf(key[i + 1], query.y, sums[head]);
+                    sums[head] = fmaf(key[i + 2], query.z, sums[head]);
+                    sums[head] = fmaf(key[i + 3], query.w, sums[head]);
+                }
             }
         }
 #pragma unroll
-        for (u32 head = 0; head < HEADS; head++) shared.scores[head][token] = sums[head];
+        for (u32 head = 0; head < HEADS; head += 4) {
+            *(float4*)&shared.scores[token][head] = float4{sums[head], sums[head + 1], sums[head + 2], sums[head + 3]};
+        }
     }
 }
 
 // Turns a head's scores into powers relative to their largest; a warp for each head. Gives largest and sum.
-__device__ __forceinline__ void power_cut(float* scores, u32 from, u32 to, float& largest, float& sum) {
+__device__ __forceinline__ void power_cut(DecodeShared& shared, u32 head, u32 from, u32 to, float& largest,
+                                          float& sum) {
     u32 lane = threadIdx.x % WARP;
     largest = float_of_bits(0xff800000u);
     for (u32 token = lane; token < CUT_TOKENS; token += WARP) {
         if (token < from || token >= to) continue;
-        largest = scores[token] > largest || scores[token] != scores[token] ? scores[token] : largest;
+        float score = shared.scores[token][head];
+        largest = score > largest || score != score ? score : largest;
     }
     largest = warp_max(largest);
     sum = 0;
     for (u32 token = lane; token < CUT_TOKENS; token += WARP) {
         if (token < from || token >= to) continue;
-        scores[token] = expf(scores[token] - largest);
-        sum += scores[token];
+        float power = expf(shared.scores[token][head] - largest);
+        shared.scores[token][head] = power;
+        sum += power;
     }
     sum = warp_sum(sum);
 }
@@ -67,6 +82,12 @@ __device__ __forceinline__ void add_values(DecodeShared& shared, const Layer& la
 #pragma unroll 4
     for (u32 token = begin; token < to; token += DECODE_WARPS) {
         const u8* block = layer.head_block(shared.blocks[token / BLOCK_TOKENS], kv_head, Kv::block_bytes(layer.dim));
+        float weights[HEADS];
+#pragma unroll
+        for (u32 head = 0; head < HEADS; head += 4) {
+            float4 four = *(const float4*)&shared.scores[token][head];
+            weights[head] = four.x, weights[head + 1] = four.y, weights[head + 2] = four.z, weights[head + 3] = four.w;
+        }
 #pragma unroll
         for (u32 i = 0; i < LANE_PAIRS; i++) {
             u32 at = 2 * (lane + i * WARP);
@@ -75,9 +96,8 @@ __device__ __forceinline__ void add_values(DecodeShared& shared, const Layer& la
             Kv::load2(block, 1, (start + token) % BLOCK_TOKENS, layer.dim, at, value);
 #pragma unroll
             for (u32 head = 0; head < HEADS; head++) {
-                float weight = shared.scores[head][token];
-                sums[head][2 * i] = fmaf(weight, value[0], sums[head][2 * i]);
-                sums[head][2 * i + 1] = fmaf(weight, value[1], sums[head][2 * i + 1]);
+                sums[head][2 * i] = fmaf(weights[head], value[0], sums[head][2 * i]);
+                sums[head][2 * i + 1] = fmaf(weights[head], value[1], sums[head][2 * i + 1]);
             }
         }
     }
@@ -119,7 +139,7 @@ __device__ __forceinline__ void attend_cut(const float* qkv, u32 query_heads, u3
         __syncthreads();
         for (u32 head = threadIdx.x / WARP; head < HEADS; head += DECODE_WARPS) {
             float largest, sum;
-            power_cut(shared.scores[head], from, to, largest, sum);
+            power_cut(shared, head, from, to, largest, sum);
             if (threadIdx.x % WARP != 0 || base + head >= group) continue;
             size_t at = ((size_t)row * query_heads + kv_head * group + base + head) * gridDim.x + blockIdx.x;
             partial[at * (dim + 2)] = largest;

@@ -54,7 +54,15 @@ struct Factors {
     u32 pair[2][8];
 };
 
-// What the three formats of NF4 and MXFP4 have in common is small; each says how to load, decode and scale.
+// Where nested NF4's scales come from, beyond the codes that are held. A tile's rows share a handful of nested scales,
+// which the first-level cache keeps; holding them in registers would cost two blocks of prefetch.
+struct ScaleSource {
+    const float* map;     // the 256 values of codes, in shared memory
+    const float* nested;
+    float offset;
+};
+
+// Each format says how many blocks a warp holds, how to load, decode and scale them.
 struct Nf4Plain {
     static constexpr u32 DEPTH = 6;
     static constexpr u32 TABLE_BYTES = PAIR_TABLE_BYTES;
@@ -80,20 +88,19 @@ struct Nf4Plain {
                 out.pair[row][i] = table_pair(table, i < 4 ? held.codes[row].x : held.codes[row].y, i % 4);
         }
     }
-    __device__ static __forceinline__ float scale(const Held& held, u32 which, u32, const float*, float) {
+    __device__ static __forceinline__ float scale(const Held& held, u32 which, u32, const ScaleSource&, size_t) {
         return held.scale[which];
     }
 };
 
 struct Nf4Nested {
-    static constexpr u32 DEPTH = 4;
+    static constexpr u32 DEPTH = 6;
     static constexpr u32 TABLE_BYTES = PAIR_TABLE_BYTES;
     static constexpr u32 GROUPS = 1;
     static constexpr bool HIGH_FIRST = true;
     static constexpr bool NESTED = true;
     struct Held {
         uint2 codes[2];
-        float nested[2];
         u32 code[2];
     };
     __device__ static __forceinline__ u32 column(u32 member, u32 half) { return member * 16 + half * 8; }
@@ -102,7 +109,6 @@ struct Nf4Nested {
         size_t index = (size_t)row * blocks + block;
         held.codes[which] = __ldcs((const uint2*)(m.codes + index * 32 + threadIdx.x % 4 * 8));
         held.code[which] = m.scales[index];
-        held.nested[which] = m.nested[index / NESTED_GROUP];
     }
     __device__ static __forceinline__ void decode(const Held& held, const u32* table, Factors& out, float (&)[2]) {
 #pragma unroll
@@ -113,8 +119,8 @@ struct Nf4Nested {
         }
     }
     // Rounded twice, as the CPU does.
-    __device__ static __forceinline__ float scale(const Held& held, u32 which, u32, const float* map, float offset) {
-        return __fadd_rn(__fmul_rn(map[held.code[which]], held.nested[which]), offset);
+    __device__ static __forceinline__ float scale(const Held& held, u32 which, u32, const ScaleSource& from, size_t index) {
+        return __fadd_rn(__fmul_rn(from.map[held.code[which]], from.nested[index / NESTED_GROUP]), from.offset);
     }
 };
 
@@ -146,7 +152,7 @@ struct Mxfp4 {
         }
     }
     // 2^(exponent - 127); at exponent 0 that is a subnormal.
-    __device__ static __forceinline__ float scale(const Held& held, u32 which, u32 group, const float*, float) {
+    __device__ static __forceinline__ float scale(const Held& held, u32 which, u32 group, const ScaleSource&, size_t) {
         u32 exponent = (held.exponents[which] >> (8 * group)) & 255u;
         return float_of_bits(exponent == 0 ? 1u << 22 : exponent << 23);
     }
@@ -179,5 +185,5 @@ struct Bf16 {
             for (u32 i = 0; i < 8; i++) out.pair[row][i] = pairs[i];
         }
     }
-    __device__ static __forceinline__ float scale(const Held&, u32, u32, const float*, float) { return 1.0f; }
+    __device__ static __forceinline__ float scale(const Held&, u32, u32, const ScaleSource&, size_t) { return 1.0f; }
 };

@@ -20,7 +20,7 @@ constexpr u32 STAGE_PADDING = 8;
 
 // Blocks of 64 columns that a warp holds while they are on their way. More tiles leave fewer registers for them; the
 // order of the sums is the same.
-template <class Format, u32 TILES> constexpr u32 DEPTH = TILES == 1 ? Format::DEPTH : Format::DEPTH * 2 / 3;
+template <class Format, u32 TILES> constexpr u32 DEPTH = TILES == 1 ? Format::DEPTH : Format::DEPTH / 2;
 
 // One piece of work: 16 rows of one matrix with its group of activations.
 struct Item {
@@ -73,9 +73,9 @@ __device__ __forceinline__ float load_activations(const bf16* x, u32 block, u32 
 }
 
 template <class Format, u32 TILES>
-__device__ __forceinline__ void multiply_block(const typename Format::Held& held, const u32* table, const float* map,
-                                               float offset, const Columns<TILES>& columns, u32 block,
-                                               Sums<Format, TILES>& sums) {
+__device__ __forceinline__ void multiply_block(const typename Format::Held& held, const u32* table,
+                                               const ScaleSource& source, const size_t (&indices)[2],
+                                               const Columns<TILES>& columns, u32 block, Sums<Format, TILES>& sums) {
     Factors factors;
     float row_scales[2] = {1.0f, 1.0f};
     Format::decode(held, table, factors, row_scales);
@@ -92,8 +92,8 @@ __device__ __forceinline__ void multiply_block(const typename Format::Held& held
                 multiply_tile(d, factors.pair[0][2 * step], factors.pair[1][2 * step], factors.pair[0][2 * step + 1],
                               factors.pair[1][2 * step + 1], pairs[2 * step], pairs[2 * step + 1]);
             }
-            float upper = Format::scale(held, 0, group, map, offset) * row_scales[0];
-            float lower = Format::scale(held, 1, group, map, offset) * row_scales[1];
+            float upper = Format::scale(held, 0, group, source, indices[0] + block) * row_scales[0];
+            float lower = Format::scale(held, 1, group, source, indices[1] + block) * row_scales[1];
             float(&sum)[4] = sums.value[tile];
             sum[0] = fmaf(d[0] * first_scale, upper, sum[0]);
             sum[1] = fmaf(d[1] * second_scale, upper, sum[1]);
@@ -174,7 +174,10 @@ __device__ __forceinline__ void run_matvec(const Job& job, u32 columns, const fl
         }
         index += gridDim.x;
         Item next = job.item(index);
-        const float offset = item.matrix->offset;
+        const ScaleSource source{map, item.matrix->nested, item.matrix->offset};
+        const u32 last = item.matrix->rows - 1, first = item.row + group;
+        const size_t indices[2] = {(size_t)(first < last ? first : last) * blocks,
+                                   (size_t)(first + 8 < last ? first + 8 : last) * blocks};
         Sums<Format, TILES> sums = {};
         for (u32 chunk = 0; chunk < chunks; chunk++) {
             const bool is_last = chunk + 1 == chunks;
@@ -185,7 +188,7 @@ __device__ __forceinline__ void run_matvec(const Job& job, u32 columns, const fl
                 typename Format::Held now = held[i];
                 load_block<Format>(is_last ? next : item, (start + i) * MATVEC_WARPS + warp, blocks, held[i]);
                 if (block < blocks) {
-                    multiply_block<Format, TILES>(now, table, map, offset, own, block, sums);
+                    multiply_block<Format, TILES>(now, table, source, indices, own, block, sums);
                 }
             }
         }

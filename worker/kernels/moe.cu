@@ -20,21 +20,21 @@ __device__ __forceinline__ float dot_of_words(uint4 words, const float* x, float
     return fmaf(widen_high(words.w), second.w, sum);
 }
 
-// Judges the experts: a warp for each expert and token, lane l summing columns 8 l .. 8 l + 7 of every 256.
-ENTRY __launch_bounds__(256) moe_router(const bf16* weight, const float* bias, const float* x, u32 experts, u32 hidden,
-                                        float* logits) {
-    u32 expert = blockIdx.x * 8 + threadIdx.x / WARP, token = blockIdx.y, lane = threadIdx.x % WARP;
-    let_next_start();
-    wait_for_previous();
-    if (expert >= experts) return;
+// Judges the experts: a block of 128 threads for each expert and token; thread t sums columns 8 t .. 8 t + 7 of every 1024.
+ENTRY __launch_bounds__(128) moe_router(const bf16* weight, const float* bias, const float* x, u32 hidden, float* logits) {
+    __shared__ float slots[WARP];
+    u32 expert = blockIdx.x, token = blockIdx.y;
     const bf16* row = weight + (size_t)expert * hidden;
     const float* activations = x + (size_t)token * hidden;
+    let_next_start();
+    wait_for_previous();
     float sum = 0;
-    for (u32 column = lane * 8; column < hidden; column += WARP * 8) {
+#pragma unroll 3
+    for (u32 column = threadIdx.x * 8; column < hidden; column += blockDim.x * 8) {
         sum = dot_of_words(*(const uint4*)(row + column), activations + column, sum);
     }
-    sum = warp_sum(sum);
-    if (lane == 0) logits[token * experts + expert] = sum + bias[expert];
+    sum = block_sum(sum, slots);
+    if (threadIdx.x == 0) logits[token * gridDim.x + expert] = sum + bias[expert];
 }
 
 // Orders floats as f32::total_cmp does, and the lower index first among equals.
@@ -110,18 +110,22 @@ ENTRY __launch_bounds__(1024) moe_route(const float* logits, u32 tokens, u32 exp
         if (lane == 0) counts[expert] = count;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        u32 groups = 0, first = 0;
-        for (u32 expert = 0; expert < experts; expert++) {
-            firsts[expert] = first;
-            if (counts[expert] == 0) continue;
-            group_experts[groups] = expert;
-            group_firsts[groups] = first;
-            groups += 1;
-            first += counts[expert];
+    for (u32 expert = threadIdx.x; expert < experts; expert += blockDim.x) {
+        u32 group = 0, first = 0;
+        for (u32 before = 0; before < expert; before++) {
+            group += counts[before] > 0;
+            first += counts[before];
         }
-        group_firsts[groups] = first;
-        *group_count = groups;
+        firsts[expert] = first;
+        if (counts[expert] > 0) {
+            group_experts[group] = expert;
+            group_firsts[group] = first;
+        }
+        if (expert + 1 == experts) {
+            u32 groups = group + (counts[expert] > 0);
+            group_firsts[groups] = first + counts[expert];
+            *group_count = groups;
+        }
     }
     __syncthreads();
     for (u32 expert = warp; expert < experts; expert += warps) {

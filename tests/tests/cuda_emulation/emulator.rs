@@ -13,11 +13,11 @@ const COMPILERS: [&str; 3] = ["c++", "g++", "clang++"];
 
 /// One of a session's buffers.
 #[derive(Clone, Copy, Debug)]
-pub struct Buffer(usize);
+pub(crate) struct Buffer(usize);
 
 /// An argument of a launch.
 #[derive(Clone, Copy, Debug)]
-pub enum Arg {
+pub(crate) enum Arg {
     /// A buffer's start.
     At(Buffer),
     /// No buffer.
@@ -30,20 +30,20 @@ pub enum Arg {
 
 /// A change of the source that a test must notice.
 #[derive(Clone, Copy, Debug)]
-pub struct Fault {
+pub(crate) struct Fault {
     /// What is broken, for people.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// The file in worker/kernels.
-    pub file: &'static str,
+    pub(crate) file: &'static str,
     /// Text that occurs exactly once.
-    pub from: &'static str,
+    pub(crate) from: &'static str,
     /// What it becomes.
-    pub to: &'static str,
+    pub(crate) to: &'static str,
 }
 
 /// How the tensor cores' factors are built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Factors {
+pub(crate) enum Factors {
     /// bf16, as from compute capability 8.0 on.
     Bf16,
     /// f16 with block exponents, as on 7.5.
@@ -52,7 +52,7 @@ pub enum Factors {
 
 /// A source file, built.
 #[derive(Debug)]
-pub struct Program {
+pub(crate) struct Program {
     executable: PathBuf,
     _folder: tempfile::TempDir,
 }
@@ -61,7 +61,7 @@ impl Program {
     /// Builds `worker/kernels/{source}.cu` with its kernels, as it is or with a fault.
     ///
     /// `None` where this machine has no C++ compiler: a reason is printed.
-    pub fn build(source: &str, kernels: &[&str], factors: Factors, fault: Option<&Fault>) -> Option<Program> {
+    pub(crate) fn build(source: &str, kernels: &[&str], factors: Factors, fault: Option<&Fault>) -> Option<Program> {
         let Some(compiler) = COMPILERS.iter().find(|name| answers(name)) else {
             println!("skipped: {source}.cu was not emulated, 1 file: no C++ compiler found, tried {COMPILERS:?}");
             return None;
@@ -109,7 +109,7 @@ fn copy_sources(from: &Path, to: &Path, fault: Option<&Fault>) {
 
 /// Buffers and launches of one run.
 #[derive(Clone, Debug, Default)]
-pub struct Session {
+pub(crate) struct Session {
     buffers: Vec<Vec<u8>>,
     pointers: Vec<Vec<(u32, Buffer)>>,
     launches: Vec<u8>,
@@ -118,7 +118,7 @@ pub struct Session {
 
 /// The order in which the warps of a block run between two barriers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
+pub(crate) enum Order {
     /// The first warp first.
     Ascending,
     /// The last warp first.
@@ -126,43 +126,43 @@ pub enum Order {
 }
 
 /// The sizes of a launch: grid, threads, bytes of dynamic shared memory.
-pub type Size = ([u32; 3], u32, u32);
+pub(crate) type Size = ([u32; 3], u32, u32);
 
 impl Session {
     /// Adds a buffer.
-    pub fn bytes(&mut self, bytes: Vec<u8>) -> Buffer {
+    pub(crate) fn bytes(&mut self, bytes: Vec<u8>) -> Buffer {
         self.buffers.push(bytes);
         self.pointers.push(Vec::new());
         Buffer(self.buffers.len() - 1)
     }
 
     /// Adds floats.
-    pub fn floats(&mut self, values: &[f32]) -> Buffer {
+    pub(crate) fn floats(&mut self, values: &[f32]) -> Buffer {
         self.bytes(values.iter().flat_map(|value| value.to_le_bytes()).collect())
     }
 
     /// Adds floats as bf16.
-    pub fn narrow(&mut self, values: &[f32]) -> Buffer {
+    pub(crate) fn narrow(&mut self, values: &[f32]) -> Buffer {
         self.bytes(values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect())
     }
 
     /// Adds words.
-    pub fn words(&mut self, values: &[u32]) -> Buffer {
+    pub(crate) fn words(&mut self, values: &[u32]) -> Buffer {
         self.bytes(values.iter().flat_map(|value| value.to_le_bytes()).collect())
     }
 
     /// Adds a buffer for a result, filled with what no result holds: floats that are not numbers.
-    pub fn output(&mut self, bytes: usize) -> Buffer {
+    pub(crate) fn output(&mut self, bytes: usize) -> Buffer {
         self.bytes(vec![0xff; bytes])
     }
 
     /// Puts the address of `target` into `buffer` at an offset.
-    pub fn point(&mut self, buffer: Buffer, offset: u32, target: Buffer) {
+    pub(crate) fn point(&mut self, buffer: Buffer, offset: u32, target: Buffer) {
         self.pointers[buffer.0].push((offset, target));
     }
 
     /// Adds a launch.
-    pub fn launch(&mut self, kernel: &str, size: Size, order: Order, arguments: &[Arg]) {
+    pub(crate) fn launch(&mut self, kernel: &str, size: Size, order: Order, arguments: &[Arg]) {
         let mut words = |values: &[u32]| values.iter().for_each(|word| self.launches.extend(word.to_le_bytes()));
         words(&[kernel.len() as u32]);
         self.launches.extend(kernel.as_bytes());
@@ -186,7 +186,7 @@ impl Session {
     ///
     /// # Errors
     /// What the emulation says when it does not come to an end.
-    pub fn run(&self, program: &Program) -> Result<Results, String> {
+    pub(crate) fn run(&self, program: &Program) -> Result<Results, String> {
         let mut command = Command::new(&program.executable);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the launcher was just built");
@@ -229,28 +229,28 @@ impl Session {
 
 /// The buffers after a run.
 #[derive(Clone, Debug)]
-pub struct Results {
+pub(crate) struct Results {
     buffers: Vec<Vec<u8>>,
 }
 
 impl Results {
     /// Gives a buffer's bytes.
-    pub fn bytes(&self, buffer: Buffer) -> &[u8] {
+    pub(crate) fn bytes(&self, buffer: Buffer) -> &[u8] {
         &self.buffers[buffer.0]
     }
 
     /// Gives a buffer as words.
-    pub fn words(&self, buffer: Buffer) -> Vec<u32> {
+    pub(crate) fn words(&self, buffer: Buffer) -> Vec<u32> {
         self.bytes(buffer).as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect()
     }
 
     /// Gives a buffer as floats.
-    pub fn floats(&self, buffer: Buffer) -> Vec<f32> {
+    pub(crate) fn floats(&self, buffer: Buffer) -> Vec<f32> {
         self.words(buffer).into_iter().map(f32::from_bits).collect()
     }
 
     /// Gives a buffer of bf16 as floats.
-    pub fn widened(&self, buffer: Buffer) -> Vec<f32> {
+    pub(crate) fn widened(&self, buffer: Buffer) -> Vec<f32> {
         self.bytes(buffer).as_chunks::<2>().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect()
     }
 }

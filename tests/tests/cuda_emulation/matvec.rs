@@ -74,7 +74,7 @@ const FAULTS: [Fault; 9] = [
 ];
 
 /// Bytes of dynamic shared memory that matvec.cuh asks for.
-pub fn shared_bytes(format: Format, tiles: u32, staged_columns: u32, columns: u32) -> u32 {
+pub(crate) fn shared_bytes(format: Format, tiles: u32, staged_columns: u32, columns: u32) -> u32 {
     let table = if format == Format::Bf16 { 0 } else { 32768 };
     table + 1024 + tiles * 4096 + staged_columns * (columns + 8) * 2
 }

@@ -132,8 +132,8 @@ fn run(program: &Program, model: &Model, x: &[f32], grid: u32, order: Order) -> 
     let (inner, out) = (session.output(slots * INNER * 2), session.output(slots * HIDDEN * 4));
     let word = |value: usize| Arg::Word(value as u32);
 
-    let router_size: Size = ([EXPERTS.div_ceil(8) as u32, tokens as u32, 1], 256, 0);
-    let arguments = [Arg::At(router), Arg::At(bias), Arg::At(wide), word(EXPERTS), word(HIDDEN), Arg::At(logits)];
+    let router_size: Size = ([EXPERTS as u32, tokens as u32, 1], 128, 0);
+    let arguments = [Arg::At(router), Arg::At(bias), Arg::At(wide), word(HIDDEN), Arg::At(logits)];
     session.launch("moe_router", router_size, order, &arguments);
     let mut arguments = vec![Arg::At(logits), word(tokens), word(EXPERTS), word(USED)];
     let outputs = [chosen, weights, groups.count, groups.experts, groups.firsts, groups.slots];

@@ -13,37 +13,37 @@ const DESCRIPTOR_BYTES: u32 = 48;
 
 /// A generator that gives the same numbers on every machine.
 #[derive(Debug)]
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn new(seed: u64) -> Random {
+    pub(crate) fn new(seed: u64) -> Random {
         Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    pub fn word(&mut self) -> u32 {
+    pub(crate) fn word(&mut self) -> u32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
     }
 
-    pub fn below(&mut self, bound: u32) -> u32 {
+    pub(crate) fn below(&mut self, bound: u32) -> u32 {
         self.word() % bound
     }
 
     /// Floats of roughly normal distribution.
-    pub fn floats(&mut self, count: usize, size: f32) -> Vec<f32> {
+    pub(crate) fn floats(&mut self, count: usize, size: f32) -> Vec<f32> {
         let mut one = || (0..4).map(|_| self.word() as f32 / (1u32 << 30) as f32 - 1.0).sum::<f32>() * 0.866 * size;
         (0..count).map(|_| one()).collect()
     }
 
     /// The same, of values that bf16 holds.
-    pub fn narrow(&mut self, count: usize, size: f32) -> Vec<f32> {
+    pub(crate) fn narrow(&mut self, count: usize, size: f32) -> Vec<f32> {
         self.floats(count, size).into_iter().map(|value| bf16::from_f32(value).to_f32()).collect()
     }
 }
 
 /// How a weight is stored, with the kernels' name for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub(crate) enum Format {
     Nf4,
     Nf4Nested,
     Mxfp4,
@@ -51,9 +51,9 @@ pub enum Format {
 }
 
 impl Format {
-    pub const ALL: [Format; 4] = [Format::Nf4, Format::Nf4Nested, Format::Mxfp4, Format::Bf16];
+    pub(crate) const ALL: [Format; 4] = [Format::Nf4, Format::Nf4Nested, Format::Mxfp4, Format::Bf16];
 
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Format::Nf4 => "nf4",
             Format::Nf4Nested => "nf4_nested",
@@ -63,14 +63,14 @@ impl Format {
     }
 
     /// Relative error of a product: NF4's sixteen values are rounded to eight bits, the others are exact.
-    pub fn tolerance(self) -> f64 {
+    pub(crate) fn tolerance(self) -> f64 {
         match self {
             Format::Nf4 | Format::Nf4Nested => 2.5e-3,
             Format::Mxfp4 | Format::Bf16 => 2e-6,
         }
     }
 
-    pub fn random(self, random: &mut Random, rows: usize, cols: usize) -> Matrix {
+    pub(crate) fn random(self, random: &mut Random, rows: usize, cols: usize) -> Matrix {
         let weights = random.narrow(rows * cols, 0.05);
         match self {
             Format::Nf4 => Matrix::Nf4(quantized(Statistics::Plain, rows, cols, &weights)),
@@ -96,14 +96,14 @@ fn quantized(statistics: Statistics, rows: usize, cols: usize, weights: &[f32]) 
 
 /// A weight with its bias and the place of its rows in an output row.
 #[derive(Clone, Debug)]
-pub struct Layer {
-    pub weight: Matrix,
-    pub bias: Option<Vec<f32>>,
-    pub output: u32,
+pub(crate) struct Layer {
+    pub(crate) weight: Matrix,
+    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) output: u32,
 }
 
 /// Puts weights and their descriptors into a session.
-pub fn descriptors(session: &mut Session, layers: &[Layer]) -> Buffer {
+pub(crate) fn descriptors(session: &mut Session, layers: &[Layer]) -> Buffer {
     let mut bytes = Vec::new();
     for layer in layers {
         let offset = match &layer.weight {
@@ -153,12 +153,12 @@ pub fn descriptors(session: &mut Session, layers: &[Layer]) -> Buffer {
 }
 
 /// The values of nested scales' codes, as every kernel takes them.
-pub fn scale_values(session: &mut Session) -> Buffer {
+pub(crate) fn scale_values(session: &mut Session) -> Buffer {
     session.floats(&dynamic_map())
 }
 
 /// Says by how much a result is off, if by more than it may be: relative to the size of the whole row.
-pub fn compare(what: &str, found: &[f32], expected: &[f32], tolerance: f64) -> Result<(), String> {
+pub(crate) fn compare(what: &str, found: &[f32], expected: &[f32], tolerance: f64) -> Result<(), String> {
     assert_eq!(found.len(), expected.len(), "{what}");
     let size: f64 = expected.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
     let error: f64 =
@@ -168,7 +168,7 @@ pub fn compare(what: &str, found: &[f32], expected: &[f32], tolerance: f64) -> R
 }
 
 /// Says whether two results differ in any bit.
-pub fn same_bits(what: &str, found: &[f32], expected: &[f32]) -> Result<(), String> {
+pub(crate) fn same_bits(what: &str, found: &[f32], expected: &[f32]) -> Result<(), String> {
     let differs = |(a, b): (&f32, &f32)| a.to_bits() != b.to_bits();
     match found.iter().zip(expected).position(differs) {
         None => Ok(()),
@@ -177,10 +177,10 @@ pub fn same_bits(what: &str, found: &[f32], expected: &[f32]) -> Result<(), Stri
 }
 
 /// What a file's checks ask of a build.
-pub type Check = fn(&Program, Order) -> Result<(), String>;
+pub(crate) type Check = fn(&Program, Order) -> Result<(), String>;
 
 /// Checks a file as it is, in both orders, and that every planted fault is noticed in one of them.
-pub fn check_file(source: &str, kernels: &[&str], factors: &[Factors], check: Check, faults: &[Fault]) {
+pub(crate) fn check_file(source: &str, kernels: &[&str], factors: &[Factors], check: Check, faults: &[Fault]) {
     for factors in factors {
         let Some(program) = Program::build(source, kernels, *factors, None) else { return };
         for order in [Order::Ascending, Order::Descending] {
