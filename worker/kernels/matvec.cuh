@@ -128,8 +128,8 @@ __device__ __forceinline__ float collect_sums(const Sums<Format, TILES>& sums, f
 }
 
 // Runs a job's items in this block. A Job says: `item(index)`, `columns(group)`,
-// `x(group, column)` a row of activations, `store(item, column, row, total)`, called by the threads of a column's 16
-// rows, all of them, and whether its items are known before the kernels before this one are done.
+// `x(group, column)` a row of activations, `store<D>(item, column, row, total, is_real)`, called by whole warps in
+// which the neighbour of an even row is D lanes away, and whether its items are known before the kernels before this one are done.
 template <class Format, u32 TILES, class Job>
 __device__ __forceinline__ void run_matvec(const Job& job, u32 columns, const float* scale_values, bool is_staged) {
     constexpr u32 HELD = DEPTH<Format, TILES>;
@@ -194,7 +194,7 @@ __device__ __forceinline__ void run_matvec(const Job& job, u32 columns, const fl
         }
         float total = collect_sums<Format, TILES>(sums, slots);
         u32 column = threadIdx.x / MATVEC_ROWS;
-        if (column < TILES * 8) job.store(item, column, threadIdx.x % MATVEC_ROWS, total, column < count);
+        if (column < TILES * 8) job.template store<1>(item, column, threadIdx.x % MATVEC_ROWS, total, column < count);
         __syncthreads();
         item = next;
     }

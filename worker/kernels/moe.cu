@@ -1,10 +1,10 @@
-// Mixture of experts for 1 to 16 tokens: router, choice, grouping, and both products of the chosen experts.
+// Mixture of experts for 1 to 16 tokens and for many: router, choice, grouping, and both products of the chosen experts.
 //
 // Agrees with: Mixture::run (worker/src/model/moe.rs), for activations rounded to bf16 before each expert's product; the
 // router reads them as f32. A slot is one choice of one token: slot = token * used + rank. Results stay apart by slot and
 // are added by rank in add_norm, so a token's result does not depend on the others.
 
-#include "matvec.cuh"
+#include "matmul.cuh"
 
 constexpr u32 EXPERTS_MAX = 256;
 
@@ -167,10 +167,11 @@ struct GateUpJob : ExpertJob {
     float alpha;
     float limit;
 
+    template <u32 ROW_DISTANCE>
     __device__ __forceinline__ void store(const Item& item, u32 column, u32 row, float total, bool is_real) const {
         row += item.row;
         float value = with_bias(item, row, total);
-        float up = __shfl_xor_sync(ALL_LANES, value, 1), gate = value;
+        float up = __shfl_xor_sync(ALL_LANES, value, ROW_DISTANCE), gate = value;
         if (!is_real || row % 2 != 0 || row >= item.matrix->rows) return;
         gate = gate > limit ? limit : gate;
         up = up > limit ? limit : up < -limit ? -limit : up;
@@ -182,6 +183,7 @@ struct GateUpJob : ExpertJob {
 struct DownJob : ExpertJob {
     float* out;
 
+    template <u32 ROW_DISTANCE>
     __device__ __forceinline__ void store(const Item& item, u32 column, u32 row, float total, bool is_real) const {
         row += item.row;
         if (!is_real || row >= item.matrix->rows) return;
@@ -225,3 +227,27 @@ EXPERT_KERNELS(mxfp4_8, Mxfp4, 1)
 EXPERT_KERNELS(mxfp4_16, Mxfp4, 2)
 EXPERT_KERNELS(bf16_8, Bf16, 1)
 EXPERT_KERNELS(bf16_16, Bf16, 2)
+
+#define EXPERT_KERNELS_MANY(NAME, FORMAT)                                                                              \
+    ENTRY __launch_bounds__(256, 1) moe_gate_up_##NAME(                                                                \
+        const Matrix* matrices, const u32* group_count, const u32* group_experts, const u32* group_firsts,             \
+        const u32* group_slots, const bf16* x, u32 used, u32 columns, u32 rows, float alpha, float limit, bf16* inner, \
+        const float* scale_values) {                                                                                   \
+        wait_for_previous();                                                                                           \
+        ExpertJob base{matrices, *group_count, group_experts, group_firsts, group_slots, x, used, columns,             \
+                       (rows + MATVEC_ROWS - 1) / MATVEC_ROWS};                                                        \
+        run_matmul<FORMAT>(GateUpJob{base, inner, alpha, limit}, columns, scale_values);                               \
+    }                                                                                                                  \
+    ENTRY __launch_bounds__(256, 1) moe_down_##NAME(                                                                   \
+        const Matrix* matrices, const u32* group_count, const u32* group_experts, const u32* group_firsts,             \
+        const u32* group_slots, const bf16* inner, u32 columns, u32 rows, float* out, const float* scale_values) {     \
+        wait_for_previous();                                                                                           \
+        ExpertJob base{matrices, *group_count, group_experts, group_firsts, group_slots, inner, 1, columns,            \
+                       (rows + MATVEC_ROWS - 1) / MATVEC_ROWS};                                                        \
+        run_matmul<FORMAT>(DownJob{base, out}, columns, scale_values);                                                 \
+    }
+
+EXPERT_KERNELS_MANY(nf4_many, Nf4Plain)
+EXPERT_KERNELS_MANY(nf4_nested_many, Nf4Nested)
+EXPERT_KERNELS_MANY(mxfp4_many, Mxfp4)
+EXPERT_KERNELS_MANY(bf16_many, Bf16)

@@ -9,7 +9,15 @@ use crate::emulator::{Arg, Buffer, Factors, Fault, Order, Program, Session, Size
 use crate::matvec::shared_bytes;
 use crate::support::{Format, Layer, Random, check_file, compare, descriptors, same_bits, scale_values};
 
-const KERNELS: [&str; 18] = [
+const KERNELS: [&str; 26] = [
+    "moe_gate_up_nf4_many",
+    "moe_gate_up_nf4_nested_many",
+    "moe_gate_up_mxfp4_many",
+    "moe_gate_up_bf16_many",
+    "moe_down_nf4_many",
+    "moe_down_nf4_nested_many",
+    "moe_down_mxfp4_many",
+    "moe_down_bf16_many",
     "moe_router",
     "moe_route",
     "moe_gate_up_nf4_8",
@@ -84,7 +92,7 @@ fn model(format: Format, random: &mut Random) -> Model {
     let mut rows = random.narrow(EXPERTS * HIDDEN, 0.1);
     rows.copy_within(4 * HIDDEN..5 * HIDDEN, 9 * HIDDEN);
     let mut bias = random.floats(EXPERTS, 0.1);
-    (bias[4], bias[9]) = (1.5, 1.5);
+    (bias[4], bias[9]) = (4.0, 4.0);
     let weight = Matrix::Dense(Dense::from_f32(EXPERTS, HIDDEN, &rows).expect("the lengths fit"));
     Model { format, router: Linear { weight, bias: Some(bias) }, experts }
 }
@@ -111,6 +119,7 @@ fn list(session: &mut Session, experts: &[ExpertWeights], which: impl Fn(&Expert
 
 /// Runs the four kernels and adds up the slots by weight, as add_norm does.
 fn run(program: &Program, model: &Model, x: &[f32], grid: u32, order: Order) -> Result<Vec<f32>, String> {
+    let is_many = x.len() / HIDDEN > 16;
     let (tokens, tiles) = (x.len() / HIDDEN, if x.len() / HIDDEN <= 8 { 1 } else { 2 });
     let slots = tokens * USED;
     let mut session = Session::default();
@@ -140,17 +149,19 @@ fn run(program: &Program, model: &Model, x: &[f32], grid: u32, order: Order) -> 
     arguments.extend(outputs.map(Arg::At));
     session.launch("moe_route", ([1, 1, 1], 256, 0), order, &arguments);
     let is_staged = tokens < 5;
-    let name = |part| format!("moe_{part}_{}_{}", model.format.name(), tiles * 8);
+    let suffix = if is_many { "many".to_owned() } else { (tiles * 8).to_string() };
+    let name = |part| format!("moe_{part}_{}_{suffix}", model.format.name());
     let staged = if is_staged { tokens as u32 } else { 0 };
-    let size = |columns| ([grid, 1, 1], 256, shared_bytes(model.format, tiles, staged, columns as u32));
+    let pieces = if is_many { tokens.div_ceil(64) as u32 } else { 1 };
+    let size = |columns| ([grid, pieces, 1], 256, shared_bytes(model.format, tiles, staged, columns as u32));
     let mut arguments = groups.arguments(gate_up);
     arguments.extend([Arg::At(narrow), word(USED), word(HIDDEN), word(2 * INNER)]);
     arguments.extend([Arg::Float(ACTIVATION.alpha), Arg::Float(ACTIVATION.limit), Arg::At(inner), Arg::At(map)]);
-    arguments.push(Arg::Word(u32::from(is_staged)));
+    arguments.extend((!is_many).then_some(Arg::Word(u32::from(is_staged))));
     session.launch(&name("gate_up"), size(HIDDEN), order, &arguments);
     let mut arguments = groups.arguments(down);
     arguments.extend([Arg::At(inner), word(INNER), word(HIDDEN), Arg::At(out), Arg::At(map)]);
-    arguments.push(Arg::Word(u32::from(is_staged)));
+    arguments.extend((!is_many).then_some(Arg::Word(u32::from(is_staged))));
     session.launch(&name("down"), size(INNER), order, &arguments);
 
     let results = session.run(program)?;
@@ -178,6 +189,13 @@ fn check(program: &Program, order: Order) -> Result<(), String> {
         for (token, (found, expected)) in all.chunks_exact(HIDDEN).zip(expected.chunks_exact(HIDDEN)).enumerate() {
             // What lies between the products is rounded to bf16 once more, to 2^-9 of each value.
             compare(&format!("{format:?} token {token}"), found, expected, format.tolerance() + 3e-3)?;
+        }
+        // A prompt: one expert serves more than 64 of its tokens.
+        let prompt: Vec<f32> = x.iter().cycle().take(90 * HIDDEN).copied().collect();
+        let many = run(program, &model, &prompt, 2, order)?;
+        for (token, found) in many.chunks_exact(HIDDEN).enumerate() {
+            let own = &expected[token % 14 * HIDDEN..][..HIDDEN];
+            compare(&format!("{format:?} prompt token {token}"), found, own, format.tolerance() + 3e-3)?;
         }
         for (tokens, grid) in [(1, 3), (4, 40), (8, 2)] {
             let part = run(program, &model, &x[..tokens * HIDDEN], grid, order)?;
