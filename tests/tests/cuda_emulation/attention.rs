@@ -1,0 +1,308 @@
+//! rope.cu and attention_decode.cu: rotation, cache, and attention of single tokens, against the CPU's cache and attention.
+
+use bulkhead_worker::engine::kv_cache::{BLOCK_TOKENS, Blocks, KvCache, KvShape, Span};
+use bulkhead_worker::model::attention::{Heads, LayerAttention};
+use bulkhead_worker::model::batch::{Batch, Row};
+use bulkhead_worker::quant::cpu::Cpu;
+
+use crate::emulator::{Arg, Buffer, Factors, Fault, Order, Program, Results, Session};
+use crate::support::{Random, check_file, compare, same_bits};
+
+const KERNELS: [&str; 5] =
+    ["rope_write_bf16", "rope_write_int8", "attend_decode_bf16", "attend_decode_int8", "attend_combine"];
+
+const FAULTS: [Fault; 10] = [
+    Fault { name: "a window one too wide", file: "kv.cuh", from: "position + 1 - window", to: "position - window" },
+    Fault {
+        name: "a window one too narrow",
+        file: "kv.cuh",
+        from: "position + 1 - window",
+        to: "position + 2 - window",
+    },
+    Fault {
+        name: "the sink left out",
+        file: "attention_decode.cu",
+        from: "float sum = expf(sink - largest);",
+        to: "float sum = 0;",
+    },
+    Fault { name: "the scores not scaled", file: "attention_decode.cu", from: "1.0f / sqrtf((float)dim)", to: "1.0f" },
+    Fault {
+        name: "no barrier before the powers",
+        file: "attention_decode.cu",
+        from: "score_cut<Kv>(shared, layer, kv_head, start, from, to);\n        __syncthreads();",
+        to: "score_cut<Kv>(shared, layer, kv_head, start, from, to);",
+    },
+    Fault {
+        name: "no barrier before the values are collected",
+        file: "attention_decode.cu",
+        from: "add_values<Kv>(shared, layer, kv_head, start, from, to);\n        __syncthreads();",
+        to: "add_values<Kv>(shared, layer, kv_head, start, from, to);",
+    },
+    Fault {
+        name: "cuts added without their scale",
+        file: "attention_decode.cu",
+        from: "total = fmaf(at[2 + element], expf(at[0] - largest), total)",
+        to: "total += at[2 + element]",
+    },
+    Fault {
+        name: "a table's first block forgotten",
+        file: "kv.cuh",
+        from: "/ BLOCK_TOKENS - firsts[sequence]",
+        to: "/ BLOCK_TOKENS",
+    },
+    Fault {
+        name: "the sine's sign",
+        file: "rope.cu",
+        from: "second * cosine + first * sine",
+        to: "second * cosine - first * sine",
+    },
+    Fault {
+        name: "8-bit values with the keys' scales",
+        file: "kv.cuh",
+        from: "[is_value * BLOCK_TOKENS + token];",
+        to: "[token];",
+    },
+];
+
+/// Layers of the pool, and the one that is used.
+const POOL_LAYERS: usize = 2;
+const POOL_LAYER: usize = 1;
+
+#[derive(Clone, Copy)]
+struct Case {
+    heads: Heads,
+    window: u32,
+    is_int8: bool,
+}
+
+impl Case {
+    fn row_heads(&self) -> usize {
+        self.heads.query + 2 * self.heads.kv
+    }
+
+    fn row_len(&self) -> usize {
+        self.row_heads() * self.heads.dim
+    }
+
+    fn block_bytes(&self) -> usize {
+        let dim = self.heads.dim;
+        POOL_LAYERS * self.heads.kv * 2 * BLOCK_TOKENS as usize * if self.is_int8 { dim + 4 } else { 2 * dim }
+    }
+
+    fn name(&self, kernel: &str) -> String {
+        format!("{kernel}_{}", if self.is_int8 { "int8" } else { "bf16" })
+    }
+}
+
+/// Two sequences with all their projections, and the rows that are asked for.
+struct Inputs {
+    /// Of each row: sequence and position.
+    rows: Vec<(u32, u32)>,
+    qkv: Vec<f32>,
+    cosines: Vec<f32>,
+    sines: Vec<f32>,
+    sinks: Vec<f32>,
+    asked: Vec<usize>,
+}
+
+const LENGTHS: [u32; 2] = [530, 70];
+
+fn inputs(case: &Case, random: &mut Random) -> Inputs {
+    let rows: Vec<(u32, u32)> = (0..2).flat_map(|s| (0..LENGTHS[s as usize]).map(move |p| (s, p))).collect();
+    let half = case.heads.dim / 2;
+    let angles: Vec<f32> = rows
+        .iter()
+        .flat_map(|(_, position)| (0..half).map(move |i| *position as f32 * 0.7f32.powi(i as i32)))
+        .collect();
+    let asked = [0, 3, 39, 40, 41, 255, 256, 300, 511, 512, 529, 530, 599];
+    Inputs {
+        qkv: random.floats(rows.len() * case.row_len(), 1.0),
+        cosines: angles.iter().map(|angle| angle.cos() * 1.3).collect(),
+        sines: angles.iter().map(|angle| angle.sin() * 1.3).collect(),
+        sinks: random.floats(case.heads.query, 1.0),
+        asked: asked.to_vec(),
+        rows,
+    }
+}
+
+impl Inputs {
+    fn pick<'a>(&self, all: &'a [f32], picked: &[usize]) -> Vec<f32> {
+        let len = all.len() / self.rows.len();
+        let row = |row: &usize| -> &'a [f32] { &all[row * len..(row + 1) * len] };
+        picked.iter().flat_map(row).copied().collect()
+    }
+
+    /// Rotated queries, rotated keys, values of one row.
+    fn rotated(&self, case: &Case, row: usize) -> [Vec<f32>; 3] {
+        let (dim, half) = (case.heads.dim, case.heads.dim / 2);
+        let own = &self.qkv[row * case.row_len()..(row + 1) * case.row_len()];
+        let turn = |head: &[f32]| -> Vec<f32> {
+            let angle = |i: usize| (self.cosines[row * half + i % half], self.sines[row * half + i % half]);
+            let turned = |i: usize| {
+                let (cosine, sine) = angle(i);
+                if i < half {
+                    head[i] * cosine - head[i + half] * sine
+                } else {
+                    head[i] * cosine + head[i - half] * sine
+                }
+            };
+            (0..dim).map(turned).collect()
+        };
+        let (queries, rest) = own.split_at(case.heads.query * dim);
+        let (keys, values) = rest.split_at(case.heads.kv * dim);
+        [queries, keys]
+            .map(|heads| heads.chunks_exact(dim).flat_map(turn).collect())
+            .into_iter()
+            .chain([values.to_vec()])
+            .collect::<Vec<_>>()
+            .try_into()
+            .expect("three parts")
+    }
+
+    fn expected(&self, case: &Case) -> Vec<f32> {
+        let span = if case.window == 0 { Span::Full } else { Span::Window(case.window) };
+        let shape = KvShape { spans: vec![span], kv_heads: case.heads.kv, head_dim: case.heads.dim };
+        let mut cache = KvCache::new(shape, 64, 2, 1024);
+        let mut blocks = [Blocks::default(), Blocks::default()];
+        for (blocks, length) in blocks.iter_mut().zip(LENGTHS) {
+            cache.reserve(blocks, length).expect("there is room for both");
+        }
+        for (row, (sequence, position)) in self.rows.iter().enumerate() {
+            let [_, keys, values] = self.rotated(case, row);
+            cache.write(0, &blocks[*sequence as usize], *position, &keys, &values);
+        }
+        let row = |row: &usize| {
+            let (sequence, position) = self.rows[*row];
+            Row { sequence: sequence as usize, position, token: 0 }
+        };
+        let batch =
+            Batch { rows: self.asked.iter().map(row).collect(), blocks: blocks.iter().collect(), outputs: Vec::new() };
+        let queries: Vec<f32> = self.asked.iter().flat_map(|row| self.rotated(case, *row)[0].clone()).collect();
+        let mut out = vec![0.0; queries.len()];
+        let cpu = Cpu::start(1).expect("a thread starts");
+        LayerAttention { cpu: &cpu, heads: case.heads, sinks: &self.sinks, cache: &cache, layer: 0 }
+            .attend(&batch, &queries, &mut out);
+        out
+    }
+}
+
+/// A pool whose blocks stand in no order, and each sequence's table, which starts at the first block that is needed.
+struct Paged {
+    pool: Buffer,
+    tables: Buffer,
+    firsts: Buffer,
+    stride: u32,
+}
+
+fn paged(session: &mut Session, case: &Case, firsts: [u32; 2]) -> Paged {
+    let counts = LENGTHS.map(|length| length.div_ceil(BLOCK_TOKENS));
+    let total = counts[0] + counts[1];
+    let block = |sequence: usize, index: u32| (sequence as u32 * counts[0] + index) * 7 % total;
+    let stride = counts[0];
+    let mut tables = vec![u32::MAX; 2 * stride as usize];
+    for sequence in 0..2 {
+        for index in firsts[sequence]..counts[sequence] {
+            tables[sequence * stride as usize + (index - firsts[sequence]) as usize] = block(sequence, index);
+        }
+    }
+    assert_ne!(total % 7, 0, "the blocks are shuffled by a factor that does not divide their number");
+    Paged {
+        pool: session.output(total as usize * case.block_bytes()),
+        tables: session.words(&tables),
+        firsts: session.words(&firsts),
+        stride,
+    }
+}
+
+/// Writes all rows' keys and values, then attends for the asked ones. `cuts` is the launch's room, at least what is needed.
+fn run(
+    program: &Program,
+    case: &Case,
+    inputs: &Inputs,
+    asked: &[usize],
+    cuts: u32,
+    order: Order,
+) -> Result<(Results, Buffer), String> {
+    let mut session = Session::default();
+    let paged = paged(&mut session, case, [0, 0]);
+    let cache = |positions: Buffer, sequences: Buffer, paged: &Paged, firsts: Buffer, tables: Buffer| {
+        let numbers = [POOL_LAYERS, POOL_LAYER, case.heads.kv, case.heads.dim].map(|n| Arg::Word(n as u32));
+        let mut arguments = vec![Arg::At(paged.pool)];
+        arguments.extend(numbers);
+        arguments.extend([Arg::At(tables), Arg::At(firsts), Arg::Word(paged.stride)]);
+        arguments.extend([Arg::At(sequences), Arg::At(positions)]);
+        arguments
+    };
+    let everything: Vec<usize> = (0..inputs.rows.len()).collect();
+    let query_heads = Arg::Word(case.heads.query as u32);
+    let mut last = None;
+    for rows in [&everything[..], asked] {
+        let qkv = session.floats(&inputs.pick(&inputs.qkv, rows));
+        let cosines = session.floats(&inputs.pick(&inputs.cosines, rows));
+        let sines = session.floats(&inputs.pick(&inputs.sines, rows));
+        let sequences = session.words(&rows.iter().map(|row| inputs.rows[*row].0).collect::<Vec<u32>>());
+        let positions = session.words(&rows.iter().map(|row| inputs.rows[*row].1).collect::<Vec<u32>>());
+        let mut arguments = vec![Arg::At(qkv), Arg::At(cosines), Arg::At(sines), query_heads];
+        arguments.extend(cache(positions, sequences, &paged, paged.firsts, paged.tables));
+        let grid = [rows.len() as u32, case.row_heads().div_ceil(4) as u32, 1];
+        session.launch(&case.name("rope_write"), (grid, 128, 0), order, &arguments);
+        last = Some((qkv, sequences, positions));
+    }
+    let (qkv, sequences, positions) = last.expect("two launches were made");
+    // A sliding layer's table starts later: here where no asked row of the first sequence needs what is before.
+    let smallest =
+        asked.iter().filter(|row| inputs.rows[**row].0 == 0).map(|row| inputs.rows[*row].1).min().unwrap_or(0);
+    let first = if case.window == 0 { 0 } else { (smallest + 1).saturating_sub(case.window) / BLOCK_TOKENS };
+    let later = self::paged(&mut session, case, [first, 0]);
+    let heads = case.heads.query as u32;
+    let partial = session.output(asked.len() * case.heads.query * cuts as usize * (case.heads.dim + 2) * 4);
+    let mut arguments = vec![Arg::At(qkv), query_heads, Arg::Word(case.window)];
+    arguments.extend(cache(positions, sequences, &paged, later.firsts, later.tables));
+    arguments.push(Arg::At(partial));
+    let grid = [cuts, case.heads.kv as u32, asked.len() as u32];
+    session.launch(&case.name("attend_decode"), (grid, 128, 0), order, &arguments);
+    let out = session.output(asked.len() * case.heads.query * case.heads.dim * 2);
+    let sinks = session.floats(&inputs.sinks);
+    let numbers = [case.window, cuts, case.heads.dim as u32].map(Arg::Word);
+    let mut arguments = vec![Arg::At(partial), Arg::At(sinks), Arg::At(positions)];
+    arguments.extend(numbers);
+    arguments.push(Arg::At(out));
+    session.launch("attend_combine", ([heads, asked.len() as u32, 1], 64, 0), order, &arguments);
+    Ok((session.run(program)?, out))
+}
+
+fn check(program: &Program, order: Order) -> Result<(), String> {
+    let mut random = Random::new(5);
+    let heads = |query, kv, dim| Heads { query, kv, dim };
+    for (heads, window, is_int8) in [
+        (heads(16, 2, 64), 0, false),
+        (heads(16, 2, 64), 40, false),
+        (heads(3, 1, 32), 300, false),
+        (heads(10, 1, 128), 0, false),
+        (heads(4, 2, 64), 40, true),
+        (heads(4, 2, 64), 0, true),
+    ] {
+        let case = Case { heads, window, is_int8 };
+        let inputs = inputs(&case, &mut random);
+        let expected = inputs.expected(&case);
+        // The result is rounded to bf16; an 8-bit key or value is off by up to 1/254 of its head's largest.
+        let tolerance = if is_int8 { 1.5e-2 } else { 2.5e-3 };
+        let (results, out) = run(program, &case, &inputs, &inputs.asked, 5, order)?;
+        let all = results.widened(out);
+        let len = heads.query * heads.dim;
+        for ((found, expected), row) in all.chunks_exact(len).zip(expected.chunks_exact(len)).zip(&inputs.asked) {
+            let what = format!("{heads:?} window {window} int8 {is_int8} row {:?}", inputs.rows[*row]);
+            compare(&what, found, expected, tolerance)?;
+        }
+        for alone in [7, 12] {
+            let (results, out) = run(program, &case, &inputs, &inputs.asked[alone..=alone], 6, order)?;
+            same_bits("alone and with others", &results.widened(out), &all[alone * len..(alone + 1) * len])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_agrees_with_the_cpu_and_does_not_depend_on_the_batch() {
+    check_file("decode", &KERNELS, &[Factors::Bf16], check, &FAULTS);
+}

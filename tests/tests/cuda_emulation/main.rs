@@ -1,0 +1,10 @@
+//! The CUDA kernels, run without a card: each .cu file is built as C++ (tests/cuda) and compared with the CPU's functions
+//! on random shapes; and faults are planted in it that the same comparison must notice.
+
+mod attention;
+mod emulator;
+mod matvec;
+mod moe;
+mod norm;
+mod sample;
+mod support;

@@ -1,0 +1,102 @@
+// What every kernel shares: types, rounding to bf16, fixed-order reductions, programmatic dependent launch.
+//
+// No header of CUDA's library is needed, so that nvcc, NVRTC and the tests' emulation (BULKHEAD_EMULATED, a plain C++
+// compiler) all build the same text.
+//
+// Invariants of every kernel here:
+// - Arithmetic is bf16 or 8 bit times f32 with f32 sums, never f16 without a block exponent (see tensor_core.cuh).
+// - The order of every sum follows from the shapes and from a token's own position, never from the grid, the other
+//   tokens of the batch or the order in which blocks happen to run: there are no floating-point atomics.
+// - Every thread calls wait_for_previous() before it reads or writes what another kernel of the step touches. Weights
+//   may be read before that.
+
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// The bits of a bfloat16.
+typedef u16 bf16;
+
+#define ENTRY extern "C" __global__ void
+
+#if defined(BULKHEAD_EMULATED)
+#define SHARED_BYTES(name) u8* name = emulation::dynamic_shared()
+#else
+#define SHARED_BYTES(name) extern __shared__ __align__(16) u8 name[]
+#endif
+
+constexpr u32 WARP = 32;
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+// Waits until the kernels before this one in the stream are complete and their writes are visible.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(BULKHEAD_EMULATED)
+    emulation::note_wait();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel of the stream start its preparations.
+__device__ __forceinline__ void let_next_start() {
+#if !defined(BULKHEAD_EMULATED) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ float float_of_bits(u32 bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ float widen(bf16 value) { return float_of_bits((u32)value << 16); }
+
+// The two halves of a word that holds two bf16, the first one low.
+__device__ __forceinline__ float widen_low(u32 pair) { return float_of_bits(pair << 16); }
+__device__ __forceinline__ float widen_high(u32 pair) { return float_of_bits(pair & 0xffff0000u); }
+
+// Rounds to the nearest bf16, to even on a tie; what is not a number stays none.
+__device__ __forceinline__ bf16 narrow(float value) {
+    u32 bits = __float_as_uint(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (bf16)((bits >> 16) | 0x40u);
+    return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+__device__ __forceinline__ u32 narrow_pair(float low, float high) {
+#if !defined(BULKHEAD_EMULATED) && __CUDA_ARCH__ >= 800
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return (u32)narrow(low) | (u32)narrow(high) << 16;
+#endif
+}
+
+// Sums over a warp by halving: every lane gets the same bits.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (u32 distance = WARP / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+    return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+    for (u32 distance = WARP / 2; distance > 0; distance /= 2) {
+        float other = __shfl_xor_sync(ALL_LANES, value, distance);
+        // Written so that a value that is not a number wins and is seen later.
+        value = (value > other || value != value) ? value : other;
+    }
+    return value;
+}
+
+// Sums over a block of `blockDim.x` threads, a multiple of 32 up to 1024. `slots` is shared room for 32 floats; the
+// call begins and ends with a barrier's guarantee for it, so it can be used again at once.
+__device__ __forceinline__ float block_sum(float value, float* slots) {
+    value = warp_sum(value);
+    if (threadIdx.x % WARP == 0) slots[threadIdx.x / WARP] = value;
+    __syncthreads();
+    float total = 0;
+    for (u32 warp = 0; warp < blockDim.x / WARP; warp++) total += slots[warp];
+    __syncthreads();
+    return total;
+}
