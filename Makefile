@@ -6,7 +6,7 @@ PYTHON ?= python3
 FUZZ_SECONDS ?= 120
 MODEL ?= worker/demo-model/checkpoint
 
-.PHONY: help run test bench lint fuzz
+.PHONY: help run test bench lint fuzz cuda-check
 
 help:
 	@echo 'make run    build and serve the built-in model on http://127.0.0.1:8000 until Ctrl-C'
@@ -14,6 +14,7 @@ help:
 	@echo 'make lint   check format, lints, licences and advisories'
 	@echo 'make bench  measure MODEL (now $(MODEL)) beside what the memory of this machine allows'
 	@echo 'make fuzz   run each fuzz target for FUZZ_SECONDS (now $(FUZZ_SECONDS))'
+	@echo 'make cuda-check  compile the CUDA kernels for six architectures (fetches a compiler)'
 
 # The shell becomes the server, so that Ctrl-C and SIGTERM reach it. Not by `cargo run`, which would build the supervisor again
 # with the features that it needs without the worker.
@@ -38,3 +39,6 @@ bench:
 fuzz:
 	@$(CARGO) build --workspace --bins
 	BULKHEAD_FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --package bulkhead-tests --test fuzz -- --nocapture
+
+cuda-check:
+	@$(PYTHON) tests/cuda/check_compile.py
