@@ -1,7 +1,8 @@
 //! sample.cu: the choice of a token without filters or penalties.
 
 use bulkhead_shared::generate::Sampling;
-use bulkhead_worker::engine::sampler::{Defaults, History, Sampler, Scratch};
+use bulkhead_worker::engine::sampler::{History, Sampler, Scratch};
+use bulkhead_worker::text::generation_config::Defaults;
 
 use crate::emulator::{Arg, Factors, Fault, Order, Program, Session};
 use crate::support::{Random, check_file};
