@@ -171,11 +171,15 @@ fn standard_error_of_a_worker_is_carried() {
 
 #[test]
 fn a_worker_ends_with_its_supervisor() {
-    let mut server = Server::start_fake(&[]);
-    let pid = worker_pid(&server);
-    server.signal(Signal::SIGKILL);
-    assert!(!server.wait().success());
-    wait::until("the worker has ended", || (!process::is_alive(pid)).then_some(()));
+    // Also where it does not look at its link, and so does not see the end of that.
+    for (load, state) in [("", "RUNNING"), ("steps 1\nstall", "LOADING")] {
+        let mut server = Server::spawn_fake(Fake { load, ..Fake::default() }, &[]);
+        server.wait_for_health("/workers/0/state", &json!(state));
+        let pid = worker_pid(&server);
+        server.signal(Signal::SIGKILL);
+        assert!(!server.wait().success());
+        wait::until("the worker has ended", || (!process::is_alive(pid)).then_some(()));
+    }
 }
 
 #[test]
