@@ -22,6 +22,17 @@ pub struct Answer {
     body: Body,
 }
 
+/// An answer that was read to its end.
+#[derive(Clone, Debug)]
+pub struct WholeAnswer {
+    /// The status code.
+    pub status: u16,
+    /// The headers, names in lower case.
+    pub headers: HashMap<String, String>,
+    /// The body.
+    pub text: String,
+}
+
 #[derive(Debug)]
 struct Body {
     reader: BufReader<TcpStream>,
@@ -53,7 +64,7 @@ pub fn send(address: SocketAddr, method: &str, path: &str, body: Option<&str>) -
 pub fn send_raw(address: SocketAddr, request: &[u8]) -> io::Result<Answer> {
     let mut stream = connect(address)?;
     stream.write_all(request)?;
-    read_head(BufReader::new(stream))
+    receive(stream)
 }
 
 /// Sends a POST request and leaves without waiting for an answer.
@@ -74,7 +85,11 @@ pub fn send_and_hold(address: SocketAddr, path: &str, body: &str) -> io::Result<
     Ok(stream)
 }
 
-fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+/// Connects and says nothing yet, for requests that come bit by bit.
+///
+/// # Errors
+/// When nobody listens.
+pub fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(address)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(SILENCE_MAX))?;
@@ -90,7 +105,12 @@ fn request(address: SocketAddr, method: &str, path: &str, body: Option<&str>) ->
     format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n{head}\r\n{}", body.unwrap_or(""))
 }
 
-fn read_head(mut reader: BufReader<TcpStream>) -> io::Result<Answer> {
+/// Reads the head of an answer to whatever was written into a connection.
+///
+/// # Errors
+/// When the connection fails or what comes back is no HTTP.
+pub fn receive(stream: TcpStream) -> io::Result<Answer> {
+    let mut reader = BufReader::new(stream);
     let status_line = read_line(&mut reader)?;
     let status = status_line.split(' ').nth(1).and_then(|code| code.parse().ok());
     let status = status.ok_or_else(|| malformed(format!("status line {status_line:?}")))?;
@@ -121,6 +141,15 @@ impl Answer {
         Ok(text)
     }
 
+    /// Reads the rest and keeps the head with it.
+    ///
+    /// # Errors
+    /// When the connection ends early.
+    pub fn read_whole(self) -> io::Result<WholeAnswer> {
+        let (status, headers) = (self.status, self.headers.clone());
+        Ok(WholeAnswer { status, headers, text: self.text()? })
+    }
+
     /// Reads the rest as JSON.
     ///
     /// # Errors
@@ -134,6 +163,17 @@ impl Answer {
     #[must_use]
     pub fn events(self) -> Events {
         Events { reader: BufReader::new(self.body) }
+    }
+}
+
+impl WholeAnswer {
+    /// Takes the body as JSON.
+    ///
+    /// # Panics
+    /// When it is none.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error} in {:?}", self.text))
     }
 }
 

@@ -1,9 +1,10 @@
-//! A real `bulkhead serve` on a port of its own, with the real worker.
+//! A running `bulkhead serve`: its start, its health, its log and its end.
 //!
-//! Invariants: every server listens on a port that the system chose and has a runtime folder of its own, so tests run side
-//! by side; a server never outlives its handle.
+//! Invariants: every server listens on a port that the system chose and has a folder of its own, so tests run side by side;
+//! a server never outlives its handle, and a worker that outlives its server fails the test.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, BufRead, BufReader};
 use std::net::SocketAddr;
@@ -18,13 +19,16 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::client::{self, Answer};
+use crate::fake::FAKE_WORKER;
 use crate::process::{self, Stat};
 use crate::wait;
 
 /// The name of the worker's program.
 pub const WORKER: &str = "bulkhead-worker";
 
-/// Time for a server to end in order when its handle is dropped.
+const SUPERVISOR: &str = "bulkhead";
+
+/// Time for a server to end in order when its handle is dropped, and for its workers to end after it.
 const END_TIME: Duration = Duration::from_secs(10);
 
 /// Finds a built binary beside the running test.
@@ -60,19 +64,38 @@ pub fn demo_model_copy() -> TempDir {
     copy
 }
 
-/// Prepares `bulkhead serve` with these arguments, a clean environment, and a folder for its socket.
+/// Prepares `bulkhead serve` with these arguments and a clean environment. What the arguments leave open is a port that the
+/// system chooses, a log as JSON, and a place in the folder for the admin socket.
 #[must_use]
-pub fn command(runtime_dir: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(binary("bulkhead"));
+pub fn command(folder: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(binary(SUPERVISOR));
     for (name, _) in std::env::vars_os() {
         let is_setting = name.to_str().is_some_and(|name| name.starts_with("BULKHEAD_"));
         if is_setting {
             command.env_remove(name);
         }
     }
-    command.arg("serve").arg("--runtime-dir").arg(runtime_dir.join("run")).args(arguments);
+    command.arg("serve").args(arguments);
+    let runtime_dir = runtime_dir(folder);
+    let defaults = [
+        ("--listen", OsStr::new("127.0.0.1:0")),
+        ("--log-format", OsStr::new("json")),
+        ("--runtime-dir", runtime_dir.as_os_str()),
+    ];
+    add_defaults(&mut command, arguments, &defaults);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     command
+}
+
+/// Adds the flags that are not among the arguments.
+pub(crate) fn add_defaults(command: &mut Command, arguments: &[&str], defaults: &[(&str, &OsStr)]) {
+    for (flag, value) in defaults.iter().filter(|(flag, _)| !arguments.contains(flag)) {
+        command.arg(flag).arg(value);
+    }
+}
+
+fn runtime_dir(folder: &Path) -> PathBuf {
+    folder.join("run")
 }
 
 /// A running server.
@@ -83,8 +106,8 @@ pub struct Server {
     child: Child,
     log: Log,
     reader: Option<JoinHandle<()>>,
-    /// Holds the admin socket until the end.
-    _runtime_dir: TempDir,
+    /// Holds the admin socket, and what a fake worker needs, until the end.
+    folder: TempDir,
 }
 
 type Log = Arc<Mutex<Vec<String>>>;
@@ -116,11 +139,20 @@ impl Server {
     /// When it ends instead.
     #[must_use]
     pub fn spawn_with(arguments: &[&str], change: impl FnOnce(&mut Command)) -> Server {
-        let runtime_dir = tempfile::tempdir().expect("a temporary folder can be made");
-        let mut command =
-            command(runtime_dir.path(), &[&["--listen", "127.0.0.1:0", "--log-format", "json"], arguments].concat());
-        change(&mut command);
-        let mut child = command.spawn().expect("the built binary can be started");
+        Server::launch(|folder| {
+            let mut command = command(folder, arguments);
+            change(&mut command);
+            command
+        })
+    }
+
+    /// Starts what is prepared in a new folder and waits until it listens.
+    ///
+    /// # Panics
+    /// When it ends instead.
+    pub(crate) fn launch(prepare: impl FnOnce(&Path) -> Command) -> Server {
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let mut child = prepare(folder.path()).spawn().expect("the built binary can be started");
         let stderr = child.stderr.take().expect("standard error is a pipe");
         let log = Log::default();
         let reader = {
@@ -143,7 +175,7 @@ impl Server {
             drop(child.wait());
             panic!("the server does not listen; its log:\n{}", lines(&log));
         };
-        Server { address, child, log, reader: Some(reader), _runtime_dir: runtime_dir }
+        Server { address, child, log, reader: Some(reader), folder }
     }
 
     /// Waits until a model answers.
@@ -165,6 +197,26 @@ impl Server {
             find(&last)
         });
         found.unwrap_or_else(|| panic!("gave up waiting until {what}; health: {last}\n{}", self.log()))
+    }
+
+    /// Waits until the health report has a value at a JSON pointer, and gives that report.
+    ///
+    /// # Panics
+    /// When that does not come before the deadline.
+    pub fn wait_for_health(&self, pointer: &str, expected: &Value) -> Value {
+        self.wait_for(&format!("health has {expected} at {pointer}"), |health| {
+            (health.pointer(pointer) == Some(expected)).then(|| health.clone())
+        })
+    }
+
+    /// Waits until a line of the log holds a text, and gives that line.
+    ///
+    /// # Panics
+    /// When that does not come before the deadline; with the log.
+    pub fn wait_for_log(&self, text: &str) -> String {
+        let find = || self.log().lines().find(|line| line.contains(text)).map(str::to_owned);
+        let found = wait::within(wait::DEADLINE, find);
+        found.unwrap_or_else(|| panic!("gave up waiting until {text:?} is logged:\n{}", self.log()))
     }
 
     /// Waits until nothing runs or waits and every block of KV cache is free.
@@ -227,6 +279,12 @@ impl Server {
         i32::try_from(self.child.id()).expect("process ids fit")
     }
 
+    /// Gives the folder of the admin socket, where no argument named another one.
+    #[must_use]
+    pub fn runtime_dir(&self) -> PathBuf {
+        runtime_dir(self.folder.path())
+    }
+
     /// Finds the worker among the supervisor's children.
     #[must_use]
     pub fn worker(&self) -> Option<Stat> {
@@ -250,15 +308,18 @@ impl Server {
     /// When it does not end before the deadline.
     pub fn wait(&mut self) -> ExitStatus {
         let status = wait::until("the supervisor has ended", || self.child.try_wait().expect("the child is ours"));
+        self.read_log_to_its_end();
+        status
+    }
+
+    fn read_log_to_its_end(&mut self) {
         if let Some(reader) = self.reader.take() {
             reader.join().expect("the reader of the log does not panic");
         }
-        status
     }
-}
 
-impl Drop for Server {
-    fn drop(&mut self) {
+    /// Ends the supervisor in order if it will, else by force.
+    fn end(&mut self) {
         if !matches!(self.child.try_wait(), Ok(None)) {
             return;
         }
@@ -269,10 +330,49 @@ impl Drop for Server {
             drop(self.child.kill());
             drop(self.child.wait());
         }
+    }
+
+    /// Lists the workers that were started, by the log, and live on without a supervisor.
+    fn orphans(&self) -> Vec<Stat> {
+        let log = self.log();
+        let workers = log.lines().filter_map(started).filter_map(process::stat);
+        workers.filter(is_orphan).collect()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
+        self.read_log_to_its_end();
+        let mut orphans = Vec::new();
+        let ended = wait::within(END_TIME, || {
+            orphans = self.orphans();
+            orphans.is_empty().then_some(())
+        });
+        for orphan in &orphans {
+            process::signal(orphan.pid, Signal::SIGKILL);
+        }
         if thread::panicking() {
             eprintln!("the server's log:\n{}", self.log());
+        } else {
+            assert!(ended.is_some(), "workers outlived their server: {orphans:?}\n{}", self.log());
         }
     }
+}
+
+/// Finds the process id in the line that a supervisor logs when it has started a worker.
+fn started(line: &str) -> Option<i32> {
+    let fields: HashMap<String, Value> = serde_json::from_str(line).ok()?;
+    let is_start = fields.get("message")? == "worker started";
+    is_start.then(|| i32::try_from(fields.get("pid")?.as_i64()?).ok()).flatten()
+}
+
+/// Says whether a process that had the id of a worker still is one, and not that of another supervisor, whose worker got
+/// the same id later.
+fn is_orphan(process: &Stat) -> bool {
+    let is_worker = [WORKER, FAKE_WORKER].contains(&process.name.as_str());
+    let has_supervisor = process::stat(process.parent).is_some_and(|parent| parent.name == SUPERVISOR);
+    is_worker && process.state != 'Z' && !has_supervisor
 }
 
 /// Finds the address in the line that a supervisor logs once it listens.

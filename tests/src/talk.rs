@@ -4,7 +4,7 @@ use std::io;
 
 use serde_json::{Value, json};
 
-use crate::client::{Answer, Events};
+use crate::client::{Answer, Events, WholeAnswer};
 use crate::server::Server;
 
 /// The path of chat completions.
@@ -64,6 +64,16 @@ impl Reply {
 }
 
 impl Server {
+    /// Sends a user message that may be answered or refused.
+    ///
+    /// # Panics
+    /// When there is no whole answer.
+    #[must_use]
+    pub fn chat(&self, text: &str) -> WholeAnswer {
+        let answer = self.post(CHAT, &json!({"messages": [{"role": "user", "content": text}]}));
+        answer.read_whole().unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
     /// Asks for a chat answer as one object.
     ///
     /// # Panics
@@ -167,6 +177,22 @@ pub fn read_stream(mut events: Events) -> io::Result<Reply> {
         take_chunk(&mut reply, &chunk);
     }
     Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the stream ended without [DONE]"))
+}
+
+/// Reads the events that are left, and whether `[DONE]` was the last.
+///
+/// # Panics
+/// When the stream breaks, or an event is no JSON.
+#[must_use]
+pub fn read_events(mut events: Events) -> (Vec<Value>, bool) {
+    let mut read = Vec::new();
+    while let Some(data) = events.next_data().expect("a stream ends in order") {
+        if data == "[DONE]" {
+            return (read, true);
+        }
+        read.push(serde_json::from_str(&data).unwrap_or_else(|error| panic!("{error}: {data}")));
+    }
+    (read, false)
 }
 
 fn take_chunk(reply: &mut Reply, chunk: &Value) {

@@ -7,6 +7,8 @@
 //! `[mute=N]` (stops reading, and so answering pings); `[context]` and `[invalid]` fail the request; `[say=TEXT]` writes
 //! to standard error. The load is scripted by the lines of `fake.txt` in the model folder: `exit CODE`, `fail TEXT`,
 //! `steps N`, `stall`, `abort`. On the command line: `mute`, `wrong-version` and `exit CODE` before the greeting.
+//!
+//! Invariant: however it misbehaves, it ends with its supervisor, as the real one does.
 
 use std::collections::HashSet;
 use std::io::{Read, Write};
@@ -25,10 +27,14 @@ use bulkhead_shared::message::{
     Facts, Failure, FinishReason, FromWorker, LoadPlan, PROTOCOL_VERSION, Piece, ToWorker, Usage,
 };
 use bulkhead_shared::units::{Bytes, RequestId};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
 
 const CONTEXT_TOKENS: u32 = 4096;
 
 fn main() -> anyhow::Result<()> {
+    // What hangs by its script does not see the end of its link.
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let version = match words.as_slice() {
