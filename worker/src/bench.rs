@@ -106,14 +106,13 @@ pub enum BenchError {
     Print(#[source] io::Error),
 }
 
-/// Runs the command and prints what it measured.
+/// Runs the command and writes what it measured to `out`.
 ///
 /// # Errors
 /// Each variant of `BenchError`.
-pub fn run(args: &BenchArgs) -> Result<(), BenchError> {
+pub fn run(args: &BenchArgs, out: &mut impl io::Write) -> Result<(), BenchError> {
     let report = measure(args)?;
-    let mut out = io::stdout().lock();
-    if args.json { report.write_json(&mut out) } else { report.write_table(&mut out) }.map_err(BenchError::Print)
+    if args.json { report.write_json(out) } else { report.write_table(out) }.map_err(BenchError::Print)
 }
 
 /// Loads the model and measures everything.

@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve => serve(),
         Command::Eval(args) => end_by_hand(eval::run(&args)),
-        Command::Bench(args) => end_by_hand(bench::run(&args)),
+        Command::Bench(args) => end_by_hand(bench::run(&args, &mut std::io::stdout())),
     }
 }
 

@@ -105,6 +105,10 @@ impl Decoder {
     /// # Panics
     /// When a token is outside the vocabulary or a sequence has no block for a row: the engine checks both before.
     pub fn forward(&self, batch: &Batch<'_>, cache: &mut KvCache) -> Vec<f32> {
+        self.cpu.run(|| self.step(batch, cache))
+    }
+
+    fn step(&self, batch: &Batch<'_>, cache: &mut KvCache) -> Vec<f32> {
         let hidden = self.config.hidden_size;
         let mut x = vec![0.0; batch.rows.len() * hidden];
         for (row, embedded) in batch.rows.iter().zip(x.chunks_exact_mut(hidden)) {

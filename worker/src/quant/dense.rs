@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::{FormatError, expect_length, weight_count};
 use crate::checkpoint::Region;
@@ -49,7 +49,9 @@ impl FloatType {
         match self {
             FloatType::F32 => read_each(bytes, out, f32::from_le_bytes),
             FloatType::F16 => read_each(bytes, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
-            FloatType::Bf16 => read_each(bytes, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+            FloatType::Bf16 => {
+                read_each(bytes, out, |bytes| f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16))
+            }
         }
     }
 }
@@ -187,8 +189,20 @@ impl Dense {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
     use crate::quant::Matrix;
+
+    #[test]
+    fn every_bf16_that_is_a_number_is_widened_exactly() {
+        for bits in 0..=u16::MAX {
+            let (expected, mut found) = (bf16::from_bits(bits).to_f32(), [0.0]);
+            FloatType::Bf16.decode(&bits.to_le_bytes(), &mut found);
+            let is_equal = found[0].to_bits() == expected.to_bits() || (found[0].is_nan() && expected.is_nan());
+            assert!(is_equal, "{bits:#x}");
+        }
+    }
 
     #[test]
     fn both_orders_of_storage_give_the_same_rows_in_every_type() {

@@ -12,6 +12,17 @@ use crate::checkpoint::Region;
 /// The values of the sixteen codes; the high bit of a code is its sign.
 pub const TABLE: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
+/// The two values of every byte of codes: groups are decoded a byte at a time.
+static PAIRS: [[f32; 2]; 256] = {
+    let mut pairs = [[0.0; 2]; 256];
+    let mut byte = 0;
+    while byte < pairs.len() {
+        pairs[byte] = [TABLE[byte & 15], TABLE[byte >> 4]];
+        byte += 1;
+    }
+    pairs
+};
+
 /// Weights under one scale.
 pub const GROUP: usize = 32;
 
@@ -112,23 +123,31 @@ impl Mxfp4 {
 }
 
 /// Decodes one group, correctly rounded for every scale: subnormal at the lower end, infinite at the upper.
+///
+/// No product rounds, for the table has two bits of mantissa and even the smallest result a place in f32.
 #[must_use]
 pub fn decode_group(block: &[u8; GROUP_BYTES], scale: u8) -> [f32; GROUP] {
+    if scale == SCALE_NAN {
+        // 2^128 is no f32, but its products with halves and zeros are.
+        return decode_group(block, SCALE_NAN - 1).map(|value| value * 2.0);
+    }
     let power = power_of_two(scale);
     let mut values = [0.0; GROUP];
     let (pairs, _) = values.as_chunks_mut::<2>();
     for (pair, byte) in pairs.iter_mut().zip(block) {
-        let value = |code: u8| (f64::from(TABLE[usize::from(code)]) * power) as f32;
-        *pair = [value(byte & 15), value(byte >> 4)];
+        *pair = PAIRS[usize::from(*byte)];
     }
-    values
+    values.map(|value| value * power)
 }
 
-/// 2^(scale - 127), built from its bits: in f64 it is normal for every scale.
-fn power_of_two(scale: u8) -> f64 {
-    const F64_BIAS: u64 = 1023;
-    const MANTISSA_BITS: u32 = 52;
-    f64::from_bits((F64_BIAS - 127 + u64::from(scale)) << MANTISSA_BITS)
+/// 2^(scale - 127), built from its bits: a scale below the NaN is the exponent of an f32 as it is stored, and 0 makes a
+/// subnormal.
+fn power_of_two(scale: u8) -> f32 {
+    const MANTISSA_BITS: u32 = 23;
+    match scale {
+        0 => f32::from_bits(1 << (MANTISSA_BITS - 1)),
+        normal => f32::from_bits(u32::from(normal) << MANTISSA_BITS),
+    }
 }
 
 #[cfg(test)]
@@ -157,6 +176,18 @@ mod tests {
         let mut row = [0.0; GROUP];
         matrix(0x72, 128).expect("finite").decode_row(0, &mut row);
         assert_eq!(row[..4], [2.0, 12.0, 2.0, 12.0]);
+    }
+
+    #[test]
+    fn every_code_under_every_scale_is_rounded_correctly() {
+        for scale in 0..=SCALE_NAN {
+            let power = 2f64.powi(i32::from(scale) - 127);
+            for codes in 0..=255u8 {
+                let exact = [codes & 15, codes >> 4].map(|code| f64::from(TABLE[usize::from(code)]) * power);
+                let found = decode_group(&[codes; GROUP_BYTES], scale);
+                assert_eq!([found[0], found[31]].map(f32::to_bits), exact.map(|value| (value as f32).to_bits()));
+            }
+        }
     }
 
     #[test]

@@ -91,6 +91,13 @@ impl Cpu {
         }
     }
 
+    /// Runs something that computes on the threads themselves: its products then need no hand-over from the caller's thread.
+    ///
+    /// Blocking: until it returns.
+    pub fn run<R: Send>(&self, compute: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(compute)
+    }
+
     /// Calls `task` for each chunk of `chunk_len` elements of `data`, on all threads.
     pub fn for_each_chunk(&self, data: &mut [f32], chunk_len: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
         self.pool.install(|| data.par_chunks_mut(chunk_len).enumerate().for_each(|(index, chunk)| task(index, chunk)));
