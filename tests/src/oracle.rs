@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use bulkhead_shared::message::DeviceChoice;
 use bulkhead_worker::eval::{DecoderPath, EvalArgs, ValueType, WeightChoice, run};
 use serde_json::Value;
 
@@ -68,7 +69,8 @@ pub fn evaluate(model: &Path, tokens: &[i64], ask: Ask) -> Result<Evaluated> {
     let (input, output) = (folder.path().join("in.json"), folder.path().join("out.safetensors"));
     std::fs::write(&input, serde_json::json!({ "input_ids": tokens }).to_string())?;
     let Ask { quant, dtype, decoder_path, greedy } = ask;
-    let args = EvalArgs { model: model.to_owned(), input, output: output.clone(), quant, dtype, decoder_path, greedy };
+    let (model, device) = (model.to_owned(), DeviceChoice::Cpu);
+    let args = EvalArgs { model, input, output: output.clone(), quant, dtype, decoder_path, device, greedy };
     run(&args)?;
     let tensors = Tensors::read(&output)?;
     let greedy = if greedy == 0 { Vec::new() } else { tensors.integers("greedy")? };

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use bulkhead_shared::message::DeviceChoice;
 use bulkhead_tests::synth::{Format, Order, SHARD_BYTES_MAX, synthesize};
 use bulkhead_worker::bench::{BenchArgs, BenchError, run};
 use bulkhead_worker::checkpoint::Checkpoint;
@@ -22,7 +23,17 @@ fn model(folder: &Path) -> Result<PathBuf> {
 
 fn args(model: &Path) -> BenchArgs {
     let (model, json) = (model.to_owned(), true);
-    BenchArgs { model, prompt: 300, generate: 20, depth: 40, batch: 1, threads: 2, repetitions: 2, json }
+    BenchArgs {
+        model,
+        prompt: 300,
+        generate: 20,
+        depth: 40,
+        batch: 1,
+        threads: 2,
+        device: DeviceChoice::Cpu,
+        repetitions: 2,
+        json,
+    }
 }
 
 fn measured(args: &BenchArgs) -> Result<Value> {

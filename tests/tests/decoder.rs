@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use bulkhead_worker::checkpoint::Checkpoint;
-use bulkhead_worker::engine::kv_cache::{Blocks, KvCache, KvShape};
-use bulkhead_worker::model::batch::{Batch, Row};
+use bulkhead_worker::engine::kv_cache::KvCache;
+use bulkhead_worker::engine::pager::{Blocks, KvShape};
+use bulkhead_worker::model::batch::{Batch, Role, Row};
 use bulkhead_worker::model::config::Config;
 use bulkhead_worker::model::decoder::Decoder;
 use bulkhead_worker::model::weights::{self, Quantize};
@@ -48,11 +49,12 @@ fn logits(decoder: &Decoder, sequences: &[(Vec<u32>, usize)]) -> Vec<Vec<f32>> {
         let mut ends = done.clone();
         for (index, (tokens, chunk)) in sequences.iter().enumerate() {
             ends[index] = tokens.len().min(done[index] + chunk);
-            cache.reserve(&mut blocks[index], ends[index] as u32).expect("room for all was made");
+            cache.pager.reserve(&mut blocks[index], ends[index] as u32).expect("room for all was made");
             batch.rows.extend((done[index]..ends[index]).map(|position| Row {
                 sequence: index,
                 position: position as u32,
                 token: tokens[position],
+                role: Role::Prompt,
             }));
         }
         batch.blocks = blocks.iter().collect();
@@ -64,12 +66,12 @@ fn logits(decoder: &Decoder, sequences: &[(Vec<u32>, usize)]) -> Vec<Vec<f32>> {
             results[row.sequence].extend_from_slice(logits);
         }
         for (index, end) in ends.iter().enumerate() {
-            cache.release_behind(&mut blocks[index], *end as u32);
+            cache.pager.release_behind(&mut blocks[index], *end as u32);
         }
         done = ends;
     }
-    blocks.iter_mut().for_each(|blocks| cache.release(blocks));
-    let (all, free) = cache.blocks();
+    blocks.iter_mut().for_each(|blocks| cache.pager.release(blocks));
+    let (all, free) = cache.pager.blocks();
     assert_eq!(all, free, "every block came back");
     results
 }

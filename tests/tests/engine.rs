@@ -11,10 +11,12 @@ use bulkhead_shared::generate::Sampling;
 use bulkhead_shared::message::{Failure, FinishReason, FromWorker, Piece, Usage};
 use bulkhead_shared::units::RequestId;
 use bulkhead_worker::checkpoint::Checkpoint;
-use bulkhead_worker::engine::kv_cache::{KvCache, KvShape};
+use bulkhead_worker::engine::backend::{Backend, StepTokens};
+use bulkhead_worker::engine::kv_cache::KvCache;
+use bulkhead_worker::engine::pager::KvShape;
 use bulkhead_worker::engine::sampler::Sampler;
 use bulkhead_worker::engine::sequence::{Sequence, Start};
-use bulkhead_worker::engine::{Engine, EngineLimits, STEP_TOKENS_MAX, Status};
+use bulkhead_worker::engine::{Engine, EngineLimits, Status};
 use bulkhead_worker::model::config::Config;
 use bulkhead_worker::model::decoder::Decoder;
 use bulkhead_worker::model::weights::{self, Quantize};
@@ -79,13 +81,14 @@ impl Got {
 /// Runs requests side by side until all have ended; `watch` sees every frame.
 fn run(model: &Model, blocks: u32, starts: Vec<Start>, mut watch: impl FnMut(&FromWorker)) -> Vec<Got> {
     let count = starts.len();
-    let cache = KvCache::new(KvShape::of(model.decoder.config()), blocks, count as u32, STEP_TOKENS_MAX);
+    let cache = KvCache::new(KvShape::of(model.decoder.config()), blocks, count as u32, StepTokens::CPU.sum());
     let status = Arc::new(Status::default());
     let (sequence_sender, sequences) = crossbeam_channel::bounded(64);
     // No frame waits unread, so that what `watch` does comes before the next step but one.
     let (outbox, frames) = crossbeam_channel::bounded(0);
     let limits = EngineLimits { sequences_max: count, step_delay: Duration::ZERO };
-    let engine = Engine::new(Arc::clone(&model.decoder), cache, limits, Arc::clone(&status), (sequences, outbox));
+    let engine =
+        Engine::new(Backend::cpu(Arc::clone(&model.decoder), cache), limits, Arc::clone(&status), (sequences, outbox));
     for start in starts {
         sequence_sender.send(Sequence::start(start).expect("not at its end yet")).expect("the engine is there");
     }

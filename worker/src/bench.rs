@@ -16,15 +16,17 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
-use bulkhead_shared::message::{DeviceChoice, LoadPlan};
+use bulkhead_shared::message::{DeviceChoice, Facts, LoadPlan, MemoryKind};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, value_parser};
 
 use self::measure::Sequences;
 use self::report::{Asked, Memory, Report, Spread};
-use crate::engine::kv_cache::BLOCK_TOKENS;
+use crate::device::parse_device;
+use crate::engine::backend::Backend;
+use crate::engine::pager::BLOCK_TOKENS;
 use crate::loader::{LoadError, LoadedModel, load};
-use crate::memory::{self, MemoryPlan};
+use crate::memory;
 
 /// The arguments of the command.
 #[derive(Args, Clone, Debug)]
@@ -47,6 +49,9 @@ pub struct BenchArgs {
     /// Threads that compute; 0 is one per core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: u32,
+    /// Where to compute: cpu or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    pub device: DeviceChoice,
     /// Measured repetitions, after one that is not
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = value_parser!(u32).range(1..))]
     pub repetitions: u32,
@@ -87,6 +92,9 @@ pub enum BenchError {
         /// The sequences that there is room for.
         fits: u32,
     },
+    /// The tokens to generate do not fit beside the windows.
+    #[error("the windows of all sequences have no room for so many tokens at once: lower --generate or --batch")]
+    WindowsTooSmall,
     /// The model computes nonsense.
     #[error("a logit is not a finite number: the weights are damaged")]
     NotFinite,
@@ -121,18 +129,21 @@ fn measure(args: &BenchArgs) -> Result<Report, BenchError> {
     let behind = depth.checked_add(generate).ok_or(BenchError::ContextTooLong { depth, generate })?;
     let tokens = behind.max(args.prompt);
     let started = Instant::now();
-    let LoadedModel { decoder, tokenizer: _, defaults: _, planned } = load(&plan(args, tokens)?, &mut |_, _, _| {})?;
+    let LoadedModel { mut backend, tokenizer: _, defaults: _, loaded } =
+        load(&plan(args, tokens)?, &mut |_, _, _| {})?;
     let load_seconds = started.elapsed().as_secs_f64();
-    check_room(args.batch, tokens, &planned)?;
+    check_room(args.batch, tokens, &loaded.facts)?;
 
-    let mut sequences = Sequences::new(&decoder, args.batch, tokens, generate);
+    let mut sequences = Sequences::new(&mut backend, args.batch);
     let prefill = sequences.measure_prefill(args.prompt, args.repetitions)?;
     let decode = sequences.measure_decode(depth, generate, args.repetitions)?;
     // Read before the buffer of the last measurement is taken.
     let resident = memory::resident().ok_or(BenchError::NoMemoryStatus)?;
-    let kv_cache_bytes = sequences.cache_bytes();
-    drop(sequences);
-    let bandwidth = bandwidth::measure(decoder.cpu())?;
+    let bandwidth = match &mut backend {
+        Backend::Cpu(cpu) => bandwidth::measure(cpu.decoder.cpu())?,
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(card) => bandwidth::measure_card(card)?,
+    };
 
     let steps = f64::from(generate) * f64::from(args.repetitions);
     let weights_per_step = decode.weight_bytes as f64 / steps;
@@ -141,9 +152,8 @@ fn measure(args: &BenchArgs) -> Result<Report, BenchError> {
     let read_rate = (weights_per_step + kv_per_step) * decode_rate.median / f64::from(args.batch);
     Ok(Report {
         model: args.model.display().to_string(),
-        device: decoder.describe_device(),
-        format: decoder.weights().format_name(),
-        threads: decoder.cpu().threads(),
+        device: backend.describe_device(),
+        format: loaded.facts.quantization,
         asked: Asked {
             prompt_tokens: args.prompt,
             generate_tokens: generate,
@@ -162,8 +172,8 @@ fn measure(args: &BenchArgs) -> Result<Report, BenchError> {
         share_of_bandwidth: read_rate / bandwidth.bytes_per_second.max,
         bandwidth,
         memory: Memory {
-            weights_bytes: decoder.weights_bytes(),
-            kv_cache_bytes,
+            by_purpose: loaded.facts.memory.iter().map(|(kind, bytes)| (kind.as_str(), bytes.0)).collect(),
+            given_up: loaded.given_up,
             peak_resident_bytes: resident.peak.0,
             anonymous_bytes: resident.anonymous.0,
         },
@@ -175,7 +185,7 @@ fn plan(args: &BenchArgs, context_tokens: u32) -> Result<LoadPlan, BenchError> {
     let model_dir = args.model.to_str().ok_or_else(|| BenchError::Path(args.model.clone()))?;
     Ok(LoadPlan {
         model_dir: model_dir.to_owned(),
-        device: DeviceChoice::Cpu,
+        device: args.device,
         threads: args.threads,
         context_tokens,
         sequences_max: args.batch,
@@ -184,10 +194,12 @@ fn plan(args: &BenchArgs, context_tokens: u32) -> Result<LoadPlan, BenchError> {
     })
 }
 
-fn check_room(batch: u32, tokens: u32, planned: &MemoryPlan) -> Result<(), BenchError> {
-    let fits = planned.full_blocks / tokens.div_ceil(BLOCK_TOKENS);
+fn check_room(batch: u32, tokens: u32, facts: &Facts) -> Result<(), BenchError> {
+    let fits = facts.blocks / tokens.div_ceil(BLOCK_TOKENS);
     if fits < batch {
-        return Err(BenchError::CacheTooSmall { batch, tokens, kv: planned.kv, fits });
+        let of_cache = |(kind, _): &&(MemoryKind, Bytes)| *kind == MemoryKind::KvCache;
+        let kv = facts.memory.iter().find(of_cache).map_or(Bytes(0), |(_, bytes)| *bytes);
+        return Err(BenchError::CacheTooSmall { batch, tokens, kv, fits });
     }
     Ok(())
 }

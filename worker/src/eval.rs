@@ -8,15 +8,19 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bulkhead_shared::message::{DeviceChoice, LoadPlan};
+use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError};
 use serde::Deserialize;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, read_limited};
+use crate::device::parse_device;
 use crate::engine::single::Single;
+use crate::loader::{LoadError, place};
+use crate::model::batch::Role;
 use crate::model::config::{Config, ConfigError};
-use crate::model::decoder::Decoder;
 use crate::model::reference::{Precision, Reference};
 use crate::model::weights::{Quantize, Weights, load};
 use crate::quant::cpu::Cpu;
@@ -48,6 +52,9 @@ pub struct EvalArgs {
     /// Who computes
     #[arg(long = "path", value_enum, default_value_t = DecoderPath::Reference)]
     pub decoder_path: DecoderPath,
+    /// Where what is served computes: cpu or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    pub device: DeviceChoice,
     /// Also continue the prompt by the N most likely tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub greedy: usize,
@@ -128,6 +135,12 @@ pub enum EvalError {
     /// The served decoder has one precision.
     #[error("--path fast computes in f32 and has no --dtype bf16: leave --dtype out, or use --path reference")]
     FastInBf16,
+    /// The plain decoder computes on the processor alone.
+    #[error("--device cuda computes what is served: add --path fast")]
+    ReferenceOnCard,
+    /// The memory or the device.
+    #[error(transparent)]
+    Load(#[from] LoadError),
     /// The system refused threads.
     #[error("threads could not be started: {0}")]
     Threads(#[source] rayon::ThreadPoolBuildError),
@@ -188,6 +201,9 @@ pub fn run(args: &EvalArgs) -> Result<(), EvalError> {
     if length > TOKENS_MAX {
         return Err(EvalError::TooManyTokens { tokens: length, max: TOKENS_MAX });
     }
+    if args.device != DeviceChoice::Cpu && args.decoder_path == DecoderPath::Reference {
+        return Err(EvalError::ReferenceOnCard);
+    }
     let checkpoint = Checkpoint::open(&args.model)?;
     let quantize = match args.quant {
         WeightChoice::None => Quantize::None,
@@ -240,9 +256,24 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
     }
     let (greedy, vocab_size) = (args.greedy, config.vocab_size);
     let length = u32::try_from(tokens.len() + greedy).expect("the limit on tokens is below u32");
-    let decoder = Decoder::new(config, weights, Cpu::start(0).map_err(EvalError::Threads)?);
-    let mut sequence = Single::new(&decoder, length);
-    compute(greedy, vocab_size, tokens, |tokens| Ok(sequence.feed(tokens)))
+    let cpu = Cpu::start(0).map_err(EvalError::Threads)?;
+    let plan = LoadPlan {
+        model_dir: String::new(),
+        device: args.device,
+        threads: 0,
+        context_tokens: length,
+        sequences_max: 1,
+        kv_bytes: Bytes(0),
+        step_delay_ms: 0,
+    };
+    let (mut backend, _) = place(config, weights, cpu, &plan)?;
+    let mut sequence = Single::new(&mut backend);
+    let mut role = Role::Prompt;
+    compute(greedy, vocab_size, tokens, |tokens| {
+        let logits = sequence.feed(tokens, role).map_err(LoadError::Device)?;
+        role = Role::Generated;
+        Ok(logits)
+    })
 }
 
 /// Feeds the prompt to a decoder, then its own choices, one at a time.

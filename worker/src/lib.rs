@@ -6,6 +6,9 @@
 
 pub mod bench;
 pub mod checkpoint;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod device;
 pub mod engine;
 pub mod eval;
 pub mod ipc;

@@ -4,16 +4,21 @@
 //! and whatever the parts refuse. Invariant: nothing is computed before the memory plan was made.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use bulkhead_shared::exit::WorkerExit;
-use bulkhead_shared::message::{DeviceChoice, LoadPlan};
+use bulkhead_shared::message::{DeviceChoice, Facts, LoadPlan};
 use bulkhead_shared::units::Bytes;
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::memory::{self, MemoryPlan, PlanError};
+use crate::device::DeviceError;
+use crate::engine::backend::{Backend, StepTokens};
+use crate::engine::kv_cache::KvCache;
+use crate::engine::pager::KvShape;
+use crate::memory::{self, PlanError};
 use crate::model::config::{Config, ConfigError};
 use crate::model::decoder::Decoder;
-use crate::model::weights::{self, Progress, Quantize};
+use crate::model::weights::{self, Progress, Quantize, Weights};
 use crate::quant::cpu::Cpu;
 use crate::text::error::TextError;
 use crate::text::generation_config::GenerationConfig;
@@ -38,8 +43,11 @@ pub enum LoadError {
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// A device that this build cannot use.
-    #[error("this worker computes on the processor and cannot use CUDA device {0}")]
+    #[error("this worker computes on the processor and cannot use CUDA device {0}: bulkhead-worker-cuda can")]
     NoSuchDevice(u32),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A thread that the system refused.
     #[error("a thread could not be started: {0}")]
     Thread(#[source] rayon::ThreadPoolBuildError),
@@ -52,6 +60,7 @@ impl LoadError {
         match self {
             LoadError::Checkpoint(_) | LoadError::Config(_) | LoadError::Text(_) => WorkerExit::BadModel,
             LoadError::Plan(_) | LoadError::NoSuchDevice(_) => WorkerExit::BadConfig,
+            LoadError::Device(error) => error.exit(),
             LoadError::Thread(_) => WorkerExit::OutOfHostMemory,
         }
     }
@@ -60,14 +69,25 @@ impl LoadError {
 /// A model that is ready to compute, and the plan for the memory that it may use.
 #[derive(Debug)]
 pub struct LoadedModel {
-    /// The weights, and the threads that compute with them.
-    pub decoder: Decoder,
+    /// The weights in their places, and what computes with them.
+    pub backend: Backend,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
     /// What the model says about its own generation.
     pub defaults: GenerationConfig,
-    /// What goes where in memory.
-    pub planned: MemoryPlan,
+    /// What was loaded and what it may use.
+    pub loaded: Loaded,
+}
+
+/// What a load came to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    /// What the supervisor is told.
+    pub facts: Facts,
+    /// Sequences in one batch.
+    pub sequences: u32,
+    /// What the plan had to give up, for people.
+    pub given_up: Vec<String>,
 }
 
 /// Loads the model of a plan.
@@ -75,9 +95,6 @@ pub struct LoadedModel {
 /// # Errors
 /// See `LoadError`.
 pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel, LoadError> {
-    if let DeviceChoice::Cuda(index) = plan.device {
-        return Err(LoadError::NoSuchDevice(index));
-    }
     let dir = Path::new(&plan.model_dir);
     let checkpoint = Checkpoint::open(dir)?;
     let config = Config::read(dir)?;
@@ -85,7 +102,52 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
     let defaults = GenerationConfig::open(dir)?;
     let cpu = Cpu::start(plan.threads as usize).map_err(LoadError::Thread)?;
     let weights = weights::load(&checkpoint, &config, Quantize::File, progress)?;
+    let (backend, loaded) = place(config, weights, cpu, plan)?;
+    Ok(LoadedModel { backend, tokenizer, defaults, loaded })
+}
+
+/// Plans the memory of the plan's device and brings the weights there.
+///
+/// # Errors
+/// `Plan`, `NoSuchDevice` and `Device`.
+pub fn place(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> Result<(Backend, Loaded), LoadError> {
+    match plan.device {
+        DeviceChoice::Cpu => on_processor(config, weights, cpu, plan),
+        DeviceChoice::Cuda(index) => on_card(index, config, weights, cpu, plan),
+    }
+}
+
+fn on_processor(
+    config: Config,
+    weights: Weights,
+    cpu: Cpu,
+    plan: &LoadPlan,
+) -> Result<(Backend, Loaded), LoadError> {
     let available = memory::available_memory().unwrap_or(AVAILABLE_DEFAULT);
     let planned = memory::plan(&config, Bytes(weights.stored_bytes()), plan, available)?;
-    Ok(LoadedModel { decoder: Decoder::new(config, weights, cpu), tokenizer, defaults, planned })
+    let format = weights.format_name();
+    let cache =
+        KvCache::new(KvShape::of(&config), planned.full_blocks, planned.sequences, StepTokens::CPU.sum());
+    let decoder = Arc::new(Decoder::new(config, weights, cpu));
+    let facts = planned.facts(decoder.config(), decoder.describe_device(), format);
+    let shrunk = |model| format!("the context is {} tokens instead of {model}", planned.context_tokens);
+    let given_up = planned.context_given_up.map(shrunk).into_iter().collect();
+    let loaded = Loaded { facts, sequences: planned.sequences, given_up };
+    Ok((Backend::cpu(decoder, cache), loaded))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_card(index: u32, _: Config, _: Weights, _: Cpu, _: &LoadPlan) -> Result<(Backend, Loaded), LoadError> {
+    Err(LoadError::NoSuchDevice(index))
+}
+
+#[cfg(feature = "cuda")]
+fn on_card(
+    index: u32,
+    config: Config,
+    weights: Weights,
+    cpu: Cpu,
+    plan: &LoadPlan,
+) -> Result<(Backend, Loaded), LoadError> {
+    crate::cuda::load(index, config, weights, cpu, plan)
 }

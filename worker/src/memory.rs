@@ -4,8 +4,8 @@ use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
 use bulkhead_shared::message::{Facts, LoadPlan, MemoryKind};
 use bulkhead_shared::units::Bytes;
 
-use crate::engine::STEP_TOKENS_MAX;
-use crate::engine::kv_cache::{BLOCK_TOKENS, KvShape};
+use crate::engine::backend::StepTokens;
+use crate::engine::pager::{BLOCK_TOKENS, KvShape};
 use crate::model::config::Config;
 use crate::model::decoder::Decoder;
 
@@ -83,9 +83,9 @@ pub fn plan(config: &Config, weights: Bytes, asked: &LoadPlan, available: Bytes)
         count => count.min(WORKER_REQUESTS_MAX as u32),
     };
     let shape = KvShape::of(config);
-    let windows = u64::from(sequences) * shape.window_bytes(STEP_TOKENS_MAX);
+    let windows = shape.window_bytes(sequences, StepTokens::CPU.sum());
     let block = shape.full_block_bytes();
-    let scratch = Bytes(Decoder::scratch_bytes(config, u64::from(STEP_TOKENS_MAX)));
+    let scratch = Bytes(Decoder::scratch_bytes(config, u64::from(StepTokens::CPU.sum())));
     let granted = match asked.kv_bytes.0 {
         0 => Bytes(available.0.saturating_sub(weights.0 + scratch.0) / KV_SHARE),
         bytes => Bytes(bytes),
@@ -213,7 +213,7 @@ mod tests {
     #[test]
     fn a_token_of_the_20b_takes_24576_bytes_in_its_whole_context_layers() {
         let plan = plan(&config(), Bytes(12 * GIB), &asked(131_072, 1, 0), Bytes(64 * GIB)).expect("fits");
-        let windows = KvShape::of(&config()).window_bytes(STEP_TOKENS_MAX);
+        let windows = KvShape::of(&config()).window_bytes(1, StepTokens::CPU.sum());
         assert_eq!(plan.kv.0 - windows, 24_576 * 131_072);
         assert_eq!((plan.context_tokens, plan.full_blocks), (131_072, 4096));
     }

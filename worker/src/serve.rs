@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,12 +17,11 @@ use bulkhead_shared::units::{Bytes, RequestId};
 use crossbeam_channel::Sender;
 use tracing::{error, info, warn};
 
+use crate::engine::backend::Backend;
 use crate::engine::intake::{Arrival, Intake};
-use crate::engine::kv_cache::{KvCache, KvShape};
-use crate::engine::{Engine, EngineError, EngineLimits, STEP_TOKENS_MAX, Status};
+use crate::engine::{Engine, EngineError, EngineLimits, Status};
 use crate::ipc::{self, Inbound, LinkError};
-use crate::loader::{self, LoadError, LoadedModel};
-use crate::model::decoder::Decoder;
+use crate::loader::{self, LoadError, Loaded, LoadedModel};
 use crate::sandbox::Sandboxed;
 
 /// The least time between two reports of a load's progress.
@@ -60,14 +59,14 @@ impl ServeError {
             ServeError::Load(error) => error.exit(),
             ServeError::Thread(_) => WorkerExit::OutOfHostMemory,
             ServeError::Engine(EngineError::NonFinite(_)) => WorkerExit::NonFinite,
+            ServeError::Engine(EngineError::Device(error)) => error.exit(),
         }
     }
 }
 
 /// A model with everything that requests need.
-struct Loaded {
-    decoder: Arc<Decoder>,
-    cache: KvCache,
+struct Prepared {
+    backend: Backend,
     intake: Intake,
     sequences_max: usize,
     ready: FromWorker,
@@ -87,8 +86,8 @@ pub fn run(proof: &Sandboxed) -> Result<(), ServeError> {
         Some(_) => return Err(ServeError::OutOfTurn("a message before Load")),
         None => return Ok(()),
     };
-    let loaded = match load(&plan, &outbound.outbox) {
-        Ok(loaded) => loaded,
+    let prepared = match load(&plan, &outbound.outbox) {
+        Ok(prepared) => prepared,
         Err(error) => {
             say(&outbound.outbox, FromWorker::LoadFailed { detail: detail(&error.to_string()) });
             outbound.flush();
@@ -97,39 +96,38 @@ pub fn run(proof: &Sandboxed) -> Result<(), ServeError> {
     };
     let step_delay = Duration::from_millis(u64::from(plan.step_delay_ms));
     let outbox = outbound.outbox;
-    Running::start(loaded, step_delay, &inbound, &outbox)?.read_until_end(&mut inbound, &outbox)
+    Running::start(prepared, step_delay, &inbound, &outbox)?.read_until_end(&mut inbound, &outbox)
 }
 
-fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Loaded, ServeError> {
+fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Prepared, ServeError> {
     let mut reported = None;
-    let LoadedModel { decoder, tokenizer, defaults, planned } = loader::load(plan, &mut |done, total, what| {
+    let LoadedModel { backend, tokenizer, defaults, loaded } = loader::load(plan, &mut |done, total, what| {
         let due = reported.is_none_or(|at: Instant| at.elapsed() >= PROGRESS_INTERVAL) || done == total;
         if due {
             reported = Some(Instant::now());
             say(outbox, FromWorker::Progress { done: Bytes(done), total: Bytes(total), what: detail(what) });
         }
     })?;
-    if let Some(model) = planned.context_given_up {
-        warn!(context = planned.context_tokens, model, "context made smaller to fit memory");
+    for what in &loaded.given_up {
+        warn!(what, "the plan gave something up to fit memory");
     }
-    info!(weights = %planned.weights, kv = %planned.kv, scratch = %planned.scratch, "model planned");
-    let config = decoder.config();
-    let cache = KvCache::new(KvShape::of(config), planned.full_blocks, planned.sequences, STEP_TOKENS_MAX);
-    let facts = planned.facts(config, decoder.describe_device(), decoder.weights().format_name());
+    let Loaded { facts, sequences, given_up: _ } = loaded;
+    let memory: Vec<String> = facts.memory.iter().map(|(kind, bytes)| format!("{} {bytes}", kind.as_str())).collect();
+    info!(device = facts.device, memory = memory.join(", "), "model planned");
     let intake = Intake {
         eos: defaults.eos.clone().into(),
         tokenizer: Arc::new(tokenizer),
         defaults,
-        context_tokens: planned.context_tokens,
-        vocabulary: u32::try_from(config.vocab_size).unwrap_or(u32::MAX),
+        context_tokens: facts.context_tokens,
+        vocabulary: facts.vocabulary,
     };
-    let (decoder, sequences_max) = (Arc::new(decoder), planned.sequences as usize);
-    Ok(Loaded { decoder, cache, intake, sequences_max, ready: FromWorker::Ready(facts) })
+    Ok(Prepared { backend, intake, sequences_max: sequences as usize, ready: FromWorker::Ready(facts) })
 }
 
 /// A worker that takes requests.
 struct Running {
-    decoder: Arc<Decoder>,
+    /// Layers computed so far.
+    progress: Arc<AtomicU64>,
     status: Arc<Status>,
     arrivals: Sender<Arrival>,
     /// The flag of each request that has not ended; one that only this map holds has.
@@ -140,18 +138,19 @@ struct Running {
 
 impl Running {
     fn start(
-        loaded: Loaded,
+        prepared: Prepared,
         step_delay: Duration,
         inbound: &Inbound,
         outbox: &Sender<FromWorker>,
     ) -> Result<Running, ServeError> {
         let (sequence_sender, sequences) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
         let (arrivals, arrived) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
-        loaded.intake.start(&arrived, &sequence_sender, outbox).map_err(ServeError::Thread)?;
+        prepared.intake.start(&arrived, &sequence_sender, outbox).map_err(ServeError::Thread)?;
         let status = Arc::new(Status::default());
-        let limits = EngineLimits { sequences_max: loaded.sequences_max, step_delay };
+        let limits = EngineLimits { sequences_max: prepared.sequences_max, step_delay };
         let channels = (sequences, outbox.clone());
-        let engine = Engine::new(Arc::clone(&loaded.decoder), loaded.cache, limits, Arc::clone(&status), channels);
+        let progress = prepared.backend.progress();
+        let engine = Engine::new(prepared.backend, limits, Arc::clone(&status), channels);
         let engine_end = Arc::new(Mutex::new(None));
         let (end, closer) = (Arc::clone(&engine_end), inbound.closer()?);
         let run = move || {
@@ -162,8 +161,8 @@ impl Running {
             }
         };
         std::thread::Builder::new().name("engine".into()).spawn(run).map_err(ServeError::Thread)?;
-        say(outbox, loaded.ready);
-        Ok(Running { decoder: loaded.decoder, status, arrivals, cancels: HashMap::new(), engine_end })
+        say(outbox, prepared.ready);
+        Ok(Running { progress, status, arrivals, cancels: HashMap::new(), engine_end })
     }
 
     fn read_until_end(mut self, inbound: &mut Inbound, outbox: &Sender<FromWorker>) -> Result<(), ServeError> {
@@ -198,7 +197,7 @@ impl Running {
     fn pong(&self, nonce: u64) -> FromWorker {
         FromWorker::Pong {
             nonce,
-            progress: self.decoder.progress(),
+            progress: self.progress.load(Ordering::Relaxed),
             sequences: self.status.sequences.load(Ordering::Relaxed),
             blocks_free: self.status.blocks_free.load(Ordering::Relaxed),
         }

@@ -1,6 +1,7 @@
 //! rope.cu and attention_decode.cu: rotation, cache, and attention of single tokens, against the CPU's cache and attention.
 
-use bulkhead_worker::engine::kv_cache::{BLOCK_TOKENS, Blocks, KvCache, KvShape, Span};
+use bulkhead_worker::engine::kv_cache::KvCache;
+use bulkhead_worker::engine::pager::{BLOCK_TOKENS, Blocks, KvShape, Span};
 use bulkhead_worker::model::attention::{Heads, LayerAttention};
 use bulkhead_worker::model::batch::{Batch, Row};
 use bulkhead_worker::quant::cpu::Cpu;
@@ -165,7 +166,7 @@ impl Inputs {
         let mut cache = KvCache::new(shape, 64, 2, 1024);
         let mut blocks = [Blocks::default(), Blocks::default()];
         for (blocks, length) in blocks.iter_mut().zip(LENGTHS) {
-            cache.reserve(blocks, length).expect("there is room for both");
+            cache.pager.reserve(blocks, length).expect("there is room for both");
         }
         for (row, (sequence, position)) in self.rows.iter().enumerate() {
             let [_, keys, values] = self.rotated(case, row);

@@ -6,18 +6,16 @@
 use std::time::Instant;
 
 use super::BenchError;
-use crate::engine::STEP_TOKENS_MAX;
-use crate::engine::kv_cache::{Blocks, KvCache, KvShape};
+use crate::engine::backend::Backend;
+use crate::engine::pager::{Blocks, Exhausted};
 use crate::eval::most_likely;
-use crate::model::batch::{Batch, Row};
-use crate::model::decoder::Decoder;
+use crate::loader::LoadError;
+use crate::model::batch::{Batch, Outcome, Role, Row, Wanted};
 
-/// Sequences of equal length with their cache.
+/// Sequences of equal length that have a backend for themselves.
 #[derive(Debug)]
 pub(super) struct Sequences<'a> {
-    decoder: &'a Decoder,
-    shape: KvShape,
-    cache: KvCache,
+    backend: &'a mut Backend,
     blocks: Vec<Blocks>,
 }
 
@@ -33,18 +31,9 @@ pub(super) struct Decoded {
 }
 
 impl<'a> Sequences<'a> {
-    /// Makes room for `batch` sequences of at most `tokens` tokens, of which at most `generate` are rewound.
-    pub(super) fn new(decoder: &'a Decoder, batch: u32, tokens: u32, generate: u32) -> Sequences<'a> {
-        let shape = KvShape::of(decoder.config());
-        // Blocks that a window has passed are kept while tokens are generated: the next repetition starts over.
-        let step_tokens = STEP_TOKENS_MAX.max(generate);
-        let cache = KvCache::for_many(shape.clone(), batch, tokens, step_tokens);
-        Sequences { decoder, shape, cache, blocks: (0..batch).map(|_| Blocks::default()).collect() }
-    }
-
-    /// Gives the bytes of the cache.
-    pub(super) fn cache_bytes(&self) -> u64 {
-        self.cache.bytes()
+    /// Makes `batch` empty sequences.
+    pub(super) fn new(backend: &'a mut Backend, batch: u32) -> Sequences<'a> {
+        Sequences { backend, blocks: (0..batch).map(|_| Blocks::default()).collect() }
     }
 
     /// Measures how fast one sequence takes in a prompt. Units: tokens per second, for each repetition.
@@ -56,7 +45,7 @@ impl<'a> Sequences<'a> {
             if repetition > 0 {
                 rates.push(f64::from(tokens) / started.elapsed().as_secs_f64());
             }
-            self.cache.release(&mut self.blocks[0]);
+            self.backend.pager().release(&mut self.blocks[0]);
         }
         Ok(rates)
     }
@@ -70,19 +59,21 @@ impl<'a> Sequences<'a> {
     ) -> Result<Decoded, BenchError> {
         for sequence in 0..self.blocks.len() {
             self.prefill(sequence, depth)?;
-            self.reserve(sequence, depth + generate);
+            // Blocks that a window has passed are kept from here on: each repetition starts over.
+            self.reserve(sequence, depth + generate)?;
         }
         let mut decoded = Decoded { tokens_per_second: Vec::new(), weight_bytes: 0, kv_bytes: 0 };
         for repetition in 0..=repetitions {
-            let (started, read_before) = (Instant::now(), self.decoder.cpu().bytes_read());
+            let (started, read_before) = (Instant::now(), self.backend.weight_bytes_read());
             self.generate(depth, generate)?;
             if repetition == 0 {
                 continue;
             }
             let tokens = f64::from(generate) * self.blocks.len() as f64;
             decoded.tokens_per_second.push(tokens / started.elapsed().as_secs_f64());
-            decoded.weight_bytes += self.decoder.cpu().bytes_read() - read_before;
-            let of_sequence: u64 = (depth..depth + generate).map(|position| self.shape.read_bytes(position)).sum();
+            decoded.weight_bytes += self.backend.weight_bytes_read() - read_before;
+            let shape = self.backend.pager().shape();
+            let of_sequence: u64 = (depth..depth + generate).map(|position| shape.read_bytes(position)).sum();
             decoded.kv_bytes += of_sequence * self.blocks.len() as u64;
         }
         Ok(decoded)
@@ -92,12 +83,12 @@ impl<'a> Sequences<'a> {
     fn prefill(&mut self, sequence: usize, tokens: u32) -> Result<(), BenchError> {
         let mut start = 0;
         while start < tokens {
-            let end = tokens.min(start.saturating_add(STEP_TOKENS_MAX));
-            self.reserve(sequence, end);
-            let rows = (start..end).map(|position| self.made_up(sequence, position)).collect::<Vec<_>>();
+            let end = tokens.min(start.saturating_add(self.backend.step_tokens().prompt));
+            self.reserve(sequence, end)?;
+            let rows: Vec<Row> = (start..end).map(|position| self.made_up(sequence, position, Role::Prompt)).collect();
             let outputs = if end == tokens { vec![rows.len() - 1] } else { Vec::new() };
             self.forward(rows, outputs)?;
-            self.cache.release_behind(&mut self.blocks[sequence], end);
+            self.backend.pager().release_behind(&mut self.blocks[sequence], end);
             start = end;
         }
         Ok(())
@@ -105,7 +96,8 @@ impl<'a> Sequences<'a> {
 
     /// Generates for all sequences at once.
     fn generate(&mut self, depth: u32, count: u32) -> Result<(), BenchError> {
-        let mut rows: Vec<Row> = (0..self.blocks.len()).map(|sequence| self.made_up(sequence, depth)).collect();
+        let first = |sequence| self.made_up(sequence, depth, Role::Generated);
+        let mut rows: Vec<Row> = (0..self.blocks.len()).map(first).collect();
         for _ in 0..count {
             let tokens = self.forward(rows.clone(), (0..rows.len()).collect())?;
             for (row, token) in rows.iter_mut().zip(tokens) {
@@ -117,23 +109,28 @@ impl<'a> Sequences<'a> {
 
     /// Computes rows and chooses the most likely token behind each of the outputs.
     fn forward(&mut self, rows: Vec<Row>, outputs: Vec<usize>) -> Result<Vec<u32>, BenchError> {
+        let most_likely_next = Wanted::Token { temperature: 0.0, seed: 0, position: 0 };
+        let wanted = vec![most_likely_next; outputs.len()];
         let batch = Batch { rows, blocks: self.blocks.iter().collect(), outputs };
-        let logits = self.decoder.forward(&batch, &mut self.cache);
-        if !logits.iter().all(|logit| logit.is_finite()) {
-            return Err(BenchError::NotFinite);
-        }
-        Ok(logits.chunks_exact(self.decoder.config().vocab_size).map(most_likely).collect())
+        let outcomes = self.backend.forward(&batch, &wanted).map_err(LoadError::Device)?;
+        let token = |outcome| match outcome {
+            Outcome::Token(token) => Ok(token),
+            Outcome::Logits(logits) if logits.iter().all(|logit| logit.is_finite()) => Ok(most_likely(&logits)),
+            Outcome::Logits(_) | Outcome::Broken(_) => Err(BenchError::NotFinite),
+        };
+        outcomes.into_iter().map(token).collect()
     }
 
-    fn reserve(&mut self, sequence: usize, tokens: u32) {
-        self.cache.reserve(&mut self.blocks[sequence], tokens).expect("the cache was made for all sequences");
+    fn reserve(&mut self, sequence: usize, tokens: u32) -> Result<(), BenchError> {
+        let blocks = &mut self.blocks[sequence];
+        self.backend.pager().reserve(blocks, tokens).map_err(|Exhausted| BenchError::WindowsTooSmall)
     }
 
     /// Makes up a token that differs by place and sequence, by a multiplicative hash.
-    fn made_up(&self, sequence: usize, position: u32) -> Row {
+    fn made_up(&self, sequence: usize, position: u32, role: Role) -> Row {
         const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
         let mixed = ((sequence as u64) << 32 | u64::from(position)).wrapping_add(1).wrapping_mul(GOLDEN);
-        let token = (mixed >> 32) % self.decoder.config().vocab_size as u64;
-        Row { sequence, position, token: token as u32 }
+        let token = (mixed >> 32) % self.backend.config().vocab_size as u64;
+        Row { sequence, position, token: token as u32, role }
     }
 }

@@ -1,5 +1,6 @@
 //! What was measured, as a table for people or as one JSON object.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use bulkhead_shared::units::Bytes;
@@ -40,12 +41,12 @@ pub(super) struct Asked {
 }
 
 /// What is held in memory. Units: bytes.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(super) struct Memory {
-    /// All matrices as stored; mapped from their files.
-    pub(super) weights_bytes: u64,
-    /// The cache that was made for this measurement.
-    pub(super) kv_cache_bytes: u64,
+    /// What the plan grants.
+    pub(super) by_purpose: BTreeMap<&'static str, u64>,
+    /// What the plan had to give up.
+    pub(super) given_up: Vec<String>,
     /// The most that was ever in memory, touched pages of the files included.
     pub(super) peak_resident_bytes: u64,
     /// What is not backed by a file, at the end.
@@ -57,8 +58,7 @@ pub(super) struct Memory {
 pub(super) struct Report {
     pub(super) model: String,
     pub(super) device: String,
-    pub(super) format: &'static str,
-    pub(super) threads: usize,
+    pub(super) format: String,
     pub(super) asked: Asked,
     pub(super) load_seconds: f64,
     pub(super) prefill_tokens_per_second: Spread,
@@ -89,10 +89,14 @@ impl Report {
     pub(super) fn write_table(&self, out: &mut impl Write) -> io::Result<()> {
         let asked = &self.asked;
         writeln!(out, "{}: {} on {}", self.model, self.format, self.device)?;
+        for (purpose, bytes) in &self.memory.by_purpose {
+            writeln!(out, "{purpose:<20}{}", Bytes(*bytes))?;
+        }
+        for what in &self.memory.given_up {
+            writeln!(out, "{:<20}{what}", "given up")?;
+        }
         for (what, value) in [
             ("load", format!("{:.2} s", self.load_seconds)),
-            ("weights", Bytes(self.memory.weights_bytes).to_string()),
-            ("KV cache", Bytes(self.memory.kv_cache_bytes).to_string()),
             ("peak in memory", Bytes(self.memory.peak_resident_bytes).to_string()),
             ("  not from files", Bytes(self.memory.anonymous_bytes).to_string()),
             ("prefill", format!("{} of a prompt of {}", tokens(self.prefill_tokens_per_second), asked.prompt_tokens)),

@@ -3,8 +3,10 @@
 //! A loop of steps on one thread: take in, drop what was cancelled, schedule, reserve blocks, compute one ragged batch,
 //! choose tokens, emit. Refuses to tokenise or render: that is done before a sequence arrives here.
 
+pub mod backend;
 pub mod intake;
 pub mod kv_cache;
+pub mod pager;
 pub mod sampler;
 pub mod schedule;
 pub mod sequence;
@@ -18,16 +20,13 @@ use std::time::Duration;
 use bulkhead_shared::message::{Failure, FromWorker};
 use crossbeam_channel::{Receiver, Sender};
 
-use self::kv_cache::{Exhausted, KvCache};
+use self::backend::Backend;
+use self::pager::Exhausted;
 use self::sampler::{NonFinite, Scratch};
-use self::schedule::share_rows;
+use self::schedule::{Pending, share_step};
 use self::sequence::{Advance, Sequence};
+use crate::device::DeviceError;
 use crate::model::batch::{Batch, Row};
-use crate::model::decoder::Decoder;
-
-/// Tokens that one step computes at most. Larger steps read the weights less often, smaller ones let running answers go
-/// on sooner while a long prompt is taken in.
-pub const STEP_TOKENS_MAX: u32 = 256;
 
 /// Why the engine ended.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +34,9 @@ pub enum EngineError {
     /// The model computes nonsense; only a new process may try again.
     #[error("a logit is not a finite number")]
     NonFinite(#[source] NonFinite),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// What the engine tells the thread that answers pings. Written by the engine alone.
@@ -58,8 +60,7 @@ pub struct EngineLimits {
 /// The state of the loop.
 #[derive(Debug)]
 pub struct Engine {
-    decoder: Arc<Decoder>,
-    cache: KvCache,
+    backend: Backend,
     limits: EngineLimits,
     status: Arc<Status>,
     inbox: Receiver<Sequence>,
@@ -73,15 +74,14 @@ impl Engine {
     /// Makes an engine that takes sequences from `inbox` and answers to `outbox`.
     #[must_use]
     pub fn new(
-        decoder: Arc<Decoder>,
-        cache: KvCache,
+        mut backend: Backend,
         limits: EngineLimits,
         status: Arc<Status>,
         (inbox, outbox): (Receiver<Sequence>, Sender<FromWorker>),
     ) -> Engine {
-        status.blocks_free.store(cache.blocks().1, Ordering::Relaxed);
+        status.blocks_free.store(backend.pager().blocks().1, Ordering::Relaxed);
         let (waiting, running, scratch) = (VecDeque::new(), Vec::new(), Scratch::default());
-        Engine { decoder, cache, limits, status, inbox, outbox, waiting, running, scratch }
+        Engine { backend, limits, status, inbox, outbox, waiting, running, scratch }
     }
 
     /// Runs until no more sequence can come.
@@ -89,14 +89,14 @@ impl Engine {
     /// Blocking: waits for sequences while there are none.
     ///
     /// # Errors
-    /// `NonFinite` when the model's result cannot be used.
+    /// `NonFinite` when the model's result cannot be used; `Device` when the device cannot go on.
     pub fn run(mut self) -> Result<(), EngineError> {
         loop {
             if !self.take_in() {
                 return Ok(());
             }
             self.drop_cancelled();
-            self.admit();
+            self.admit()?;
             self.step()?;
             self.publish();
             if !self.limits.step_delay.is_zero() {
@@ -125,39 +125,50 @@ impl Engine {
         self.waiting = kept;
         let cancelled: Vec<Sequence> = running.chain(waiting).collect();
         for mut sequence in cancelled {
-            self.cache.release(&mut sequence.blocks);
+            self.backend.pager().release(&mut sequence.blocks);
             self.emit(FromWorker::Failed { id: sequence.id, failure: Failure::Cancelled });
         }
     }
 
-    fn admit(&mut self) {
+    fn admit(&mut self) -> Result<(), DeviceError> {
         while self.running.len() < self.limits.sequences_max {
-            let Some(sequence) = self.waiting.pop_front() else { return };
+            let Some(mut sequence) = self.waiting.pop_front() else { break };
+            if let Some(swapped) = sequence.swapped.take() {
+                match self.backend.swap_in(&swapped)? {
+                    Some(blocks) => sequence.blocks = blocks,
+                    None => {
+                        sequence.swapped = Some(swapped);
+                        self.waiting.push_front(sequence);
+                        break;
+                    }
+                }
+            }
             self.running.push(sequence);
         }
+        Ok(())
     }
 
     /// Computes one batch and hands its results to the sequences.
     fn step(&mut self) -> Result<(), EngineError> {
-        let shares = self.reserve();
-        if shares.is_empty() {
+        let shares = self.reserve()?;
+        let batch = assemble(&self.running, &shares);
+        if batch.rows.is_empty() {
             return Ok(());
         }
-        let batch = assemble(&self.running, &shares);
-        let outputs = batch.outputs.len();
-        let mut logits = self.decoder.forward(&batch, &mut self.cache);
-        let vocabulary = logits.len() / outputs.max(1);
-        let mut logits = logits.chunks_exact_mut(vocabulary.max(1));
+        let is_last = |index: &usize| self.running[*index].computed + shares[*index] == self.running[*index].length();
+        let wanted: Vec<_> =
+            (0..shares.len()).filter(|i| shares[*i] > 0).filter(is_last).map(|i| self.running[i].wanted()).collect();
+        let mut outcomes = self.backend.forward(&batch, &wanted)?.into_iter();
         let mut ended = Vec::new();
         for (index, rows) in shares.into_iter().enumerate() {
             let sequence = &mut self.running[index];
             sequence.computed += rows;
-            self.cache.release_behind(&mut sequence.blocks, sequence.computed);
-            if !sequence.wants_token() {
+            self.backend.pager().release_behind(&mut sequence.blocks, sequence.computed);
+            if rows == 0 || !sequence.wants_token() {
                 continue;
             }
-            let logits = logits.next().expect("each sequence that wants a token has an output row");
-            let advance = sequence.advance(logits, &mut self.scratch).map_err(EngineError::NonFinite)?;
+            let outcome = outcomes.next().expect("each sequence that wants a token has an output row");
+            let advance = sequence.advance(outcome, &mut self.scratch).map_err(EngineError::NonFinite)?;
             let frames = match advance {
                 Advance::Goes(delta) => vec![delta],
                 Advance::Ends(delta, done) => {
@@ -169,40 +180,44 @@ impl Engine {
         }
         for index in ended.into_iter().rev() {
             let mut sequence = self.running.remove(index);
-            self.cache.release(&mut sequence.blocks);
+            self.backend.pager().release(&mut sequence.blocks);
         }
         Ok(())
     }
 
     /// Decides how many rows each running sequence gets and takes blocks for them. When blocks run out, the sequence that
-    /// came last gives its own back and waits to be computed anew.
-    fn reserve(&mut self) -> Vec<u32> {
+    /// came last gives its own back and waits, its keys and values kept aside or to be computed anew.
+    fn reserve(&mut self) -> Result<Vec<u32>, DeviceError> {
         'again: loop {
-            let pending: Vec<u32> = self.running.iter().map(Sequence::pending).collect();
-            let shares = share_rows(&pending, STEP_TOKENS_MAX);
+            let pending: Vec<Pending> = self.running.iter().map(Sequence::pending).collect();
+            let shares = share_step(&pending, self.backend.step_tokens());
             for (sequence, rows) in self.running.iter_mut().zip(&shares) {
                 let tokens = sequence.computed + rows;
-                if let Err(Exhausted) = self.cache.reserve(&mut sequence.blocks, tokens) {
-                    self.preempt_last();
+                if let Err(Exhausted) = self.backend.pager().reserve(&mut sequence.blocks, tokens) {
+                    self.preempt_last()?;
                     continue 'again;
                 }
             }
-            return shares;
+            return Ok(shares);
         }
     }
 
-    fn preempt_last(&mut self) {
+    fn preempt_last(&mut self) -> Result<(), DeviceError> {
         assert!(self.running.len() > 1, "the cache holds at least one whole context");
         let mut sequence = self.running.pop().expect("more than one runs");
-        self.cache.release(&mut sequence.blocks);
-        sequence.computed = 0;
+        sequence.swapped = self.backend.swap_out(&sequence.blocks)?;
+        self.backend.pager().release(&mut sequence.blocks);
+        if sequence.swapped.is_none() {
+            sequence.computed = 0;
+        }
         self.waiting.push_front(sequence);
+        Ok(())
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let sequences = self.running.len() + self.waiting.len();
         self.status.sequences.store(u32::try_from(sequences).unwrap_or(u32::MAX), Ordering::Relaxed);
-        self.status.blocks_free.store(self.cache.blocks().1, Ordering::Relaxed);
+        self.status.blocks_free.store(self.backend.pager().blocks().1, Ordering::Relaxed);
     }
 
     /// Sends a frame. When the link is gone the process is about to end, and nobody is left to tell.
@@ -215,12 +230,13 @@ impl Engine {
 fn assemble<'a>(running: &'a [Sequence], shares: &[u32]) -> Batch<'a> {
     let mut batch = Batch { rows: Vec::new(), blocks: Vec::new(), outputs: Vec::new() };
     for (index, (sequence, rows)) in running.iter().zip(shares).enumerate() {
-        let positions = sequence.computed..sequence.computed + rows;
+        let (positions, role) = (sequence.computed..sequence.computed + rows, sequence.pending().role);
         batch.blocks.push(&sequence.blocks);
         batch.rows.extend(positions.clone().map(|position| Row {
             sequence: index,
             position,
             token: sequence.tokens[position as usize],
+            role,
         }));
         if *rows > 0 && positions.end as usize == sequence.tokens.len() {
             batch.outputs.push(batch.rows.len() - 1);

@@ -110,6 +110,15 @@ impl Sampler {
         self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
 
+    /// Gives temperature and seed of a choice that follows from the logits alone, unfiltered: one that whoever computes the
+    /// logits can make as well. `None` where penalties or filters apply.
+    #[must_use]
+    pub fn plain_choice(&self) -> Option<(f32, u64)> {
+        let is_greedy = self.temperature <= 0.0;
+        let is_unfiltered = self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0;
+        (!self.needs_history() && (is_greedy || is_unfiltered)).then_some((self.temperature.max(0.0), self.seed))
+    }
+
     /// Chooses the token at `position`, which counts the tokens of the sequence from its start. The penalties are applied
     /// to `logits` in place.
     ///

@@ -1,11 +1,33 @@
 //! Who gets how many rows of a step. Pure.
 
+use super::backend::StepTokens;
+use crate::model::batch::Role;
+
+/// Tokens of a sequence that wait to be computed: all of one role, for those of a prompt come first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// Their role.
+    pub role: Role,
+    /// How many there are.
+    pub tokens: u32,
+}
+
+/// Shares a step among sequences: each role has rows of its own.
+#[must_use]
+pub fn share_step(pending: &[Pending], max: StepTokens) -> Vec<u32> {
+    let of_role = |role, rows_max| {
+        let tokens: Vec<u32> = pending.iter().map(|p| if p.role == role { p.tokens } else { 0 }).collect();
+        share_rows(&tokens, rows_max)
+    };
+    let (generated, prompt) = (of_role(Role::Generated, max.generated), of_role(Role::Prompt, max.prompt));
+    generated.into_iter().zip(prompt).map(|(generated, prompt)| generated + prompt).collect()
+}
+
 /// Shares the rows of a step among sequences by what each has pending.
 ///
 /// Every sequence gets at least one row while there are rows (a running answer needs just one), and what is left is dealt
 /// out evenly to those with long prompts, so that a short one is not stuck behind a long one.
-#[must_use]
-pub fn share_rows(pending: &[u32], rows_max: u32) -> Vec<u32> {
+fn share_rows(pending: &[u32], rows_max: u32) -> Vec<u32> {
     let mut shares = vec![0; pending.len()];
     let mut left = rows_max;
     while left > 0 {
@@ -25,7 +47,15 @@ pub fn share_rows(pending: &[u32], rows_max: u32) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::share_rows;
+    use super::*;
+
+    #[test]
+    fn prompts_and_answers_have_rows_of_their_own() {
+        let pending = |role, tokens| Pending { role, tokens };
+        let all = [pending(Role::Prompt, 100), pending(Role::Generated, 1), pending(Role::Prompt, 3), pending(Role::Generated, 9)];
+        let max = StepTokens { generated: 4, prompt: 16 };
+        assert_eq!(share_step(&all, max), [13, 1, 3, 3]);
+    }
 
     #[test]
     fn rows_go_first_to_running_answers_then_evenly_to_prompts() {

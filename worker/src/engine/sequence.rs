@@ -9,8 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bulkhead_shared::message::{FinishReason, FromWorker, Piece, Usage};
 use bulkhead_shared::units::RequestId;
 
-use super::kv_cache::Blocks;
+use super::pager::Blocks;
+use super::backend::Swapped;
 use super::sampler::{History, NonFinite, Sampler, Scratch};
+use super::schedule::Pending;
+use crate::model::batch::{Outcome, Role, Wanted};
 use crate::text::answer::{Answer, AnswerEnd};
 
 /// What a sequence is made of.
@@ -45,6 +48,8 @@ pub struct Sequence {
     pub computed: u32,
     /// The blocks that hold those.
     pub blocks: Blocks,
+    /// Its keys and values, while it waits without blocks and need not be computed anew.
+    pub swapped: Option<Swapped>,
     prompt_tokens: u32,
     max_tokens: u32,
     reasoning_tokens: u32,
@@ -81,6 +86,7 @@ impl Sequence {
             tokens: start.prompt,
             computed: 0,
             blocks: Blocks::default(),
+            swapped: None,
             prompt_tokens,
             max_tokens: start.max_tokens,
             reasoning_tokens: 0,
@@ -105,25 +111,41 @@ impl Sequence {
         self.cancelled.load(Ordering::Relaxed)
     }
 
-    /// Gives the tokens that are not computed yet: at least one.
+    /// Gives the tokens that are to be computed next: those of the prompt, then those that were generated.
     #[must_use]
-    pub fn pending(&self) -> u32 {
-        self.length() - self.computed
+    pub fn pending(&self) -> Pending {
+        match self.prompt_tokens.checked_sub(self.computed).filter(|tokens| *tokens > 0) {
+            Some(tokens) => Pending { role: Role::Prompt, tokens },
+            None => Pending { role: Role::Generated, tokens: self.length() - self.computed },
+        }
     }
 
     /// Says whether every token is computed, so that the next one can be chosen.
     #[must_use]
     pub fn wants_token(&self) -> bool {
-        self.pending() == 0
+        self.length() == self.computed
     }
 
-    /// Chooses the next token from the logits of the last one.
+    /// Says what is wanted of the row of the last token.
+    #[must_use]
+    pub fn wanted(&self) -> Wanted {
+        match self.sampler.plain_choice() {
+            None => Wanted::Logits,
+            Some((temperature, seed)) => Wanted::Token { temperature, seed, position: u64::from(self.length()) },
+        }
+    }
+
+    /// Goes on with what came of the row of the last token.
     ///
     /// # Errors
     /// `NonFinite` when the logits are no numbers to choose from.
-    pub fn advance(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Result<Advance, NonFinite> {
+    pub fn advance(&mut self, outcome: Outcome, scratch: &mut Scratch) -> Result<Advance, NonFinite> {
         let position = u64::from(self.length());
-        let token = self.sampler.sample(logits, &self.history, position, scratch)?.token;
+        let token = match outcome {
+            Outcome::Token(token) => token,
+            Outcome::Logits(mut logits) => self.sampler.sample(&mut logits, &self.history, position, scratch)?.token,
+            Outcome::Broken(token) => return Err(NonFinite { token, value: f32::NAN }),
+        };
         let (pieces, ended) = self.take(token);
         let delta = FromWorker::Delta { id: self.id, tokens: vec![token], pieces };
         Ok(match ended {
@@ -169,7 +191,9 @@ impl Sequence {
         FromWorker::Done { id: self.id, pieces, reason, usage }
     }
 
-    fn length(&self) -> u32 {
+    /// Gives the number of tokens of prompt and answer.
+    #[must_use]
+    pub fn length(&self) -> u32 {
         u32::try_from(self.tokens.len()).expect("a sequence is no longer than its context")
     }
 }

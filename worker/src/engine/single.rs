@@ -1,25 +1,23 @@
-//! One sequence through the served decoder, without an engine: for `eval` and for tests.
+//! One sequence through what is served, without an engine: for `eval` and for tests.
 
-use super::STEP_TOKENS_MAX;
-use super::kv_cache::{Blocks, KvCache, KvShape};
-use crate::model::batch::{Batch, Row};
-use crate::model::decoder::Decoder;
+use super::backend::Backend;
+use super::pager::Blocks;
+use crate::device::DeviceError;
+use crate::model::batch::{Batch, Outcome, Role, Row, Wanted};
 
-/// A sequence with a cache of its own.
+/// A sequence that has a backend for itself.
 #[derive(Debug)]
 pub struct Single<'a> {
-    decoder: &'a Decoder,
-    cache: KvCache,
+    backend: &'a mut Backend,
     blocks: Blocks,
     computed: u32,
 }
 
 impl<'a> Single<'a> {
-    /// Makes an empty sequence with room for `tokens_max` tokens.
+    /// Makes an empty sequence.
     #[must_use]
-    pub fn new(decoder: &'a Decoder, tokens_max: u32) -> Single<'a> {
-        let cache = KvCache::for_one(KvShape::of(decoder.config()), tokens_max, STEP_TOKENS_MAX);
-        Single { decoder, cache, blocks: Blocks::default(), computed: 0 }
+    pub fn new(backend: &'a mut Backend) -> Single<'a> {
+        Single { backend, blocks: Blocks::default(), computed: 0 }
     }
 
     /// Computes tokens behind those that were fed before, as many in a step as are served in one, and gives the logits of
@@ -27,20 +25,33 @@ impl<'a> Single<'a> {
     ///
     /// Shapes: -> [tokens, vocabulary].
     ///
+    /// # Errors
+    /// Those of the device.
+    ///
     /// # Panics
     /// When the tokens exceed the room or the vocabulary.
-    pub fn feed(&mut self, tokens: &[u32]) -> Vec<f32> {
-        let mut logits = Vec::with_capacity(tokens.len() * self.decoder.config().vocab_size);
-        for chunk in tokens.chunks(STEP_TOKENS_MAX as usize) {
+    pub fn feed(&mut self, tokens: &[u32], role: Role) -> Result<Vec<f32>, DeviceError> {
+        let mut logits = Vec::new();
+        let max = self.backend.step_tokens();
+        let chunk = match role {
+            Role::Prompt => max.prompt,
+            Role::Generated => max.generated,
+        };
+        for chunk in tokens.chunks(chunk as usize) {
             let end = self.computed + chunk.len() as u32;
-            self.cache.reserve(&mut self.blocks, end).expect("the room was made for all tokens");
+            self.backend.pager().reserve(&mut self.blocks, end).expect("the room was made for all tokens");
             let rows = (self.computed..end).zip(chunk);
-            let rows = rows.map(|(position, token)| Row { sequence: 0, position, token: *token }).collect();
+            let rows = rows.map(|(position, token)| Row { sequence: 0, position, token: *token, role }).collect();
             let batch = Batch { rows, blocks: vec![&self.blocks], outputs: (0..chunk.len()).collect() };
-            logits.extend(self.decoder.forward(&batch, &mut self.cache));
+            for outcome in self.backend.forward(&batch, &vec![Wanted::Logits; chunk.len()])? {
+                match outcome {
+                    Outcome::Logits(row) => logits.extend(row),
+                    Outcome::Token(_) | Outcome::Broken(_) => unreachable!("logits were asked for"),
+                }
+            }
             self.computed = end;
-            self.cache.release_behind(&mut self.blocks, end);
+            self.backend.pager().release_behind(&mut self.blocks, end);
         }
-        logits
+        Ok(logits)
     }
 }

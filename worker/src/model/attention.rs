@@ -11,7 +11,8 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::batch::Batch;
-use crate::engine::kv_cache::{BLOCK_TOKENS, Blocks, KvCache};
+use crate::engine::kv_cache::KvCache;
+use crate::engine::pager::{BLOCK_TOKENS, Blocks};
 use crate::quant::cpu::Cpu;
 
 /// The shape of a model's attention.

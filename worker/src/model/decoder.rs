@@ -6,6 +6,7 @@
 //!
 //! A layer: `x += o(attention(norm(x)))`, then `x += mixture(norm(x))`.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::attention::{Heads, LayerAttention};
@@ -26,7 +27,7 @@ pub struct Decoder {
     cpu: Cpu,
     rope: RopeTable,
     /// Layers computed so far: a decoder whose count stands still while it has work is hung.
-    progress: AtomicU64,
+    progress: Arc<AtomicU64>,
 }
 
 /// What a step's layers share.
@@ -49,7 +50,7 @@ impl Decoder {
     #[must_use]
     pub fn new(config: Config, weights: Weights, cpu: Cpu) -> Decoder {
         let rope = RopeTable::new(&config.rope);
-        Decoder { config, weights, cpu, rope, progress: AtomicU64::new(0) }
+        Decoder { config, weights, cpu, rope, progress: Arc::default() }
     }
 
     /// Gives the model's configuration.
@@ -82,10 +83,10 @@ impl Decoder {
         self.weights.stored_bytes()
     }
 
-    /// Gives the number of layers computed so far.
+    /// Gives the counter of layers computed so far.
     #[must_use]
-    pub fn progress(&self) -> u64 {
-        self.progress.load(Ordering::Relaxed)
+    pub fn progress(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.progress)
     }
 
     /// Gives the bytes of activations that a step of `rows` tokens takes at most.
