@@ -6,6 +6,9 @@
 
 pub mod bench;
 pub mod checkpoint;
+pub mod cli;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod engine;
 pub mod eval;
 pub mod ipc;
