@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use bulkhead_shared::message::DeviceChoice;
 use bulkhead_tests::oracle::{self, Ask, evaluate};
 use bulkhead_worker::eval::{DecoderPath, EvalArgs, EvalError, ValueType, WeightChoice, run};
 
@@ -23,6 +24,7 @@ impl Case {
             quant: WeightChoice::File,
             dtype: ValueType::F32,
             decoder_path: DecoderPath::Reference,
+            device: DeviceChoice::Cpu,
             greedy: 0,
         };
         Ok(Case { folder, args })

@@ -129,8 +129,7 @@ fn measure(args: &BenchArgs) -> Result<Report, BenchError> {
     let behind = depth.checked_add(generate).ok_or(BenchError::ContextTooLong { depth, generate })?;
     let tokens = behind.max(args.prompt);
     let started = Instant::now();
-    let LoadedModel { mut backend, tokenizer: _, defaults: _, loaded } =
-        load(&plan(args, tokens)?, &mut |_, _, _| {})?;
+    let LoadedModel { mut backend, tokenizer: _, defaults: _, loaded } = load(&plan(args, tokens)?, &mut |_, _, _| {})?;
     let load_seconds = started.elapsed().as_secs_f64();
     check_room(args.batch, tokens, &loaded.facts)?;
 

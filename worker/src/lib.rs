@@ -6,6 +6,7 @@
 
 pub mod bench;
 pub mod checkpoint;
+pub mod cli;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod device;

@@ -117,17 +117,11 @@ pub fn place(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> Res
     }
 }
 
-fn on_processor(
-    config: Config,
-    weights: Weights,
-    cpu: Cpu,
-    plan: &LoadPlan,
-) -> Result<(Backend, Loaded), LoadError> {
+fn on_processor(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> Result<(Backend, Loaded), LoadError> {
     let available = memory::available_memory().unwrap_or(AVAILABLE_DEFAULT);
     let planned = memory::plan(&config, Bytes(weights.stored_bytes()), plan, available)?;
     let format = weights.format_name();
-    let cache =
-        KvCache::new(KvShape::of(&config), planned.full_blocks, planned.sequences, StepTokens::CPU.sum());
+    let cache = KvCache::new(KvShape::of(&config), planned.full_blocks, planned.sequences, StepTokens::CPU.sum());
     let decoder = Arc::new(Decoder::new(config, weights, cpu));
     let facts = planned.facts(decoder.config(), decoder.describe_device(), format);
     let shrunk = |model| format!("the context is {} tokens instead of {model}", planned.context_tokens);

@@ -3,7 +3,7 @@
 use bulkhead_worker::engine::kv_cache::KvCache;
 use bulkhead_worker::engine::pager::{BLOCK_TOKENS, Blocks, KvShape, Span};
 use bulkhead_worker::model::attention::{Heads, LayerAttention};
-use bulkhead_worker::model::batch::{Batch, Row};
+use bulkhead_worker::model::batch::{Batch, Role, Row};
 use bulkhead_worker::quant::cpu::Cpu;
 
 use crate::emulator::{Arg, Buffer, Factors, Fault, Order, Program, Results, Session};
@@ -174,7 +174,7 @@ impl Inputs {
         }
         let row = |row: &usize| {
             let (sequence, position) = self.rows[*row];
-            Row { sequence: sequence as usize, position, token: 0 }
+            Row { sequence: sequence as usize, position, token: 0, role: Role::Generated }
         };
         let batch =
             Batch { rows: self.asked.iter().map(row).collect(), blocks: blocks.iter().collect(), outputs: Vec::new() };

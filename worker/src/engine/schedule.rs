@@ -52,7 +52,12 @@ mod tests {
     #[test]
     fn prompts_and_answers_have_rows_of_their_own() {
         let pending = |role, tokens| Pending { role, tokens };
-        let all = [pending(Role::Prompt, 100), pending(Role::Generated, 1), pending(Role::Prompt, 3), pending(Role::Generated, 9)];
+        let all = [
+            pending(Role::Prompt, 100),
+            pending(Role::Generated, 1),
+            pending(Role::Prompt, 3),
+            pending(Role::Generated, 9),
+        ];
         let max = StepTokens { generated: 4, prompt: 16 };
         assert_eq!(share_step(&all, max), [13, 1, 3, 3]);
     }

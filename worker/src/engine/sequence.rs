@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bulkhead_shared::message::{FinishReason, FromWorker, Piece, Usage};
 use bulkhead_shared::units::RequestId;
 
-use super::pager::Blocks;
 use super::backend::Swapped;
+use super::pager::Blocks;
 use super::sampler::{History, NonFinite, Sampler, Scratch};
 use super::schedule::Pending;
 use crate::model::batch::{Outcome, Role, Wanted};
