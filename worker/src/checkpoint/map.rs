@@ -80,6 +80,15 @@ impl Region {
         Region { source: Arc::clone(&self.source), range: start..start + range.len() }
     }
 
+    /// Gives all bytes of the mapped file that this is a part of; they begin at a page.
+    #[must_use]
+    pub fn mapping(&self) -> Option<&[u8]> {
+        match &*self.source {
+            Source::Mapped(map) => Some(map),
+            Source::Owned(_) => None,
+        }
+    }
+
     /// Says whether the bytes are those of a mapped file rather than memory of our own.
     #[must_use]
     pub fn is_mapped(&self) -> bool {

@@ -1,0 +1,155 @@
+//! What a step works in: one allocation, its parts laid out before it is taken.
+//!
+//! Owns: sizes and places of activations. The two roles of a step's tokens are computed one after the other and share the
+//! parts. Pure.
+
+use bulkhead_shared::units::Bytes;
+
+use crate::model::config::Config;
+
+/// Every part begins at a multiple of this. Units: bytes.
+const ALIGNMENT: u64 = 256;
+
+/// Generated tokens of one step.
+pub const GENERATED_ROWS_MAX: u32 = 64;
+
+/// Room for the results of attention's cuts, unless one row needs more. Units: bytes.
+const PARTIAL_BYTES: u64 = 64 << 20;
+
+/// Positions that attention of generated tokens cuts a context into.
+const CUT_TOKENS: u32 = 128;
+
+/// Tokens of the vocabulary that are judged at a time, and the bytes that come of it.
+const CHOICE_CHUNK: u64 = 1024;
+const CHOICE_BYTES: u64 = 24;
+
+/// How large a step may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepSize {
+    /// Tokens of prompts.
+    pub prompt_rows: u32,
+    /// Rows of which a token or logits are wanted at once.
+    pub outputs: u32,
+    /// Tokens that a sequence may have.
+    pub context_tokens: u32,
+}
+
+/// Places of a step's parts, counted from the start of the allocation. Units: bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scratch {
+    /// [rows, hidden] bf16: rows of the embedding that the host gathered.
+    pub embedded: u64,
+    /// [rows, hidden] f32: the residual stream.
+    pub x: u64,
+    /// [rows, hidden] bf16.
+    pub normal: u64,
+    /// [rows, hidden] f32.
+    pub normal_wide: u64,
+    /// [rows, query heads + 2 kv heads, dim] f32.
+    pub qkv: u64,
+    /// [rows, query heads, dim] bf16.
+    pub attended: u64,
+    /// [rows, hidden] f32: the change by attention, or by a mixture that the host computed.
+    pub change: u64,
+    /// [rows, experts] f32.
+    pub router_logits: u64,
+    /// [rows, used] u32.
+    pub chosen_experts: u64,
+    /// [rows, used] f32.
+    pub expert_weights: u64,
+    /// [rows, used] u32.
+    pub slots: u64,
+    /// [layers] u32.
+    pub group_counts: u64,
+    /// [experts] u32.
+    pub group_experts: u64,
+    /// [experts + 1] u32.
+    pub group_firsts: u64,
+    /// [rows, used, intermediate] bf16.
+    pub inner: u64,
+    /// [rows, used, hidden] f32.
+    pub results: u64,
+    /// Attention's cuts.
+    pub partial: u64,
+    /// [outputs, hidden] bf16.
+    pub head_input: u64,
+    /// [outputs, vocabulary] f32.
+    pub logits: u64,
+    /// Of the choice of tokens.
+    pub choice_partials: u64,
+    /// [outputs] of two u32.
+    pub chosen: u64,
+    /// The whole.
+    pub bytes: Bytes,
+    /// Cuts of the longest context.
+    pub cuts_max: u32,
+}
+
+impl Scratch {
+    /// Lays out the parts of a step.
+    #[must_use]
+    pub fn new(config: &Config, size: StepSize) -> Scratch {
+        let mut bytes = 0u64;
+        let mut part = |elements: u64, element_bytes: u64| {
+            let at = bytes;
+            bytes = (at + elements * element_bytes).next_multiple_of(ALIGNMENT);
+            at
+        };
+        let (rows, outputs) = (u64::from(size.prompt_rows.max(GENERATED_ROWS_MAX)), u64::from(size.outputs));
+        let (hidden, used) = (config.hidden_size as u64, config.experts_per_token as u64);
+        let (heads, dim) = (config.heads as u64, config.head_dim as u64);
+        let (experts, vocabulary) = (config.experts as u64, config.vocab_size as u64);
+        let cuts_max = size.context_tokens.div_ceil(CUT_TOKENS) + 1;
+        let partial_row = Scratch::partial_row_bytes(config, cuts_max);
+        let partial = PARTIAL_BYTES.min(partial_row * u64::from(GENERATED_ROWS_MAX)).max(partial_row);
+        Scratch {
+            embedded: part(rows * hidden, 2),
+            x: part(rows * hidden, 4),
+            normal: part(rows * hidden, 2),
+            normal_wide: part(rows * hidden, 4),
+            qkv: part(rows * (heads + 2 * config.kv_heads as u64) * dim, 4),
+            attended: part(rows * heads * dim, 2),
+            change: part(rows * hidden, 4),
+            router_logits: part(rows * experts, 4),
+            chosen_experts: part(rows * used, 4),
+            expert_weights: part(rows * used, 4),
+            slots: part(rows * used, 4),
+            group_counts: part(config.layers.len() as u64, 4),
+            group_experts: part(experts, 4),
+            group_firsts: part(experts + 1, 4),
+            inner: part(rows * used * config.intermediate_size as u64, 2),
+            results: part(rows * used * hidden, 4),
+            partial: part(partial, 1),
+            head_input: part(outputs * hidden, 2),
+            logits: part(outputs * vocabulary, 4),
+            choice_partials: part(outputs * vocabulary.div_ceil(CHOICE_CHUNK), CHOICE_BYTES),
+            chosen: part(outputs, 8),
+            bytes: Bytes(bytes),
+            cuts_max,
+        }
+    }
+
+    /// Gives the bytes that attention's cuts of one row take.
+    fn partial_row_bytes(config: &Config, cuts: u32) -> u64 {
+        config.heads as u64 * u64::from(cuts) * (config.head_dim as u64 + 2) * 4
+    }
+
+    /// Gives the rows whose cuts there is room for at once.
+    #[must_use]
+    pub fn rows_at_once(&self, config: &Config, cuts: u32) -> u32 {
+        let rows = (self.head_input - self.partial) / Scratch::partial_row_bytes(config, cuts);
+        u32::try_from(rows).unwrap_or(u32::MAX).max(1)
+    }
+}
+
+/// Gives the cuts of attention for a context, rounded up so that few numbers of them occur.
+#[must_use]
+pub fn cuts_of(last_position: u32, cuts_max: u32) -> u32 {
+    (last_position / CUT_TOKENS + 1).next_power_of_two().min(cuts_max)
+}
+
+/// Gives the most cuts that a window touches.
+#[must_use]
+pub fn cuts_of_window(window: u32) -> u32 {
+    window.div_ceil(CUT_TOKENS) + 1
+}

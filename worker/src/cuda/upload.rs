@@ -1,0 +1,146 @@
+//! Bringing weights to a card straight from the mapped files.
+//!
+//! A file's pages are registered with the driver a piece at a time and copied from where they lie, so there is never a
+//! second copy in host memory; while one piece is being copied the next is registered. Where the system does not allow
+//! registering, the same copies go through the driver's own buffers.
+
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
+use super::driver::Card;
+use super::transfer::{Memory, PAGE_BYTES, Registered};
+use crate::checkpoint::Region;
+use crate::device::DeviceError;
+use crate::quant::Matrix;
+
+/// What is registered at a time. Two pieces are registered at once. Units: bytes.
+const PIECE_BYTES: usize = 256 << 20;
+
+/// Rows that are converted at a time.
+const CONVERTED_ROWS: usize = 256;
+
+/// Where a part of the weights comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// Bytes as they are stored.
+    Region(Region),
+    /// Bytes that were put together here.
+    Owned(Vec<u8>),
+    /// A matrix that becomes 16-bit floats on the way.
+    Converted(Matrix),
+}
+
+impl Source {
+    /// Gives the bytes that it takes on the card.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Source::Region(region) => region.len(),
+            Source::Owned(bytes) => bytes.len(),
+            Source::Converted(matrix) => matrix.rows() * matrix.cols() * size_of::<bf16>(),
+        }
+    }
+}
+
+/// A copy of bytes that lie in a mapped file: from an address, to a place.
+#[derive(Clone, Copy)]
+struct Copy<'a> {
+    bytes: &'a [u8],
+    to: u64,
+}
+
+/// Copies parts to their places in `memory`, and waits until they are there.
+///
+/// # Errors
+/// The driver's.
+pub fn upload(
+    card: &Card,
+    memory: &Memory,
+    parts: Vec<(u64, Source)>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(), DeviceError> {
+    let total: u64 = parts.iter().map(|(_, source)| source.len() as u64).sum();
+    let mut done = 0;
+    let mut mapped: Vec<Copy<'_>> = Vec::new();
+    for (to, source) in &parts {
+        match source {
+            Source::Region(region) if region.is_mapped() => {
+                mapped.push(Copy { bytes: region.bytes(), to: *to });
+                continue;
+            }
+            Source::Region(region) => memory.copy_in_plain(*to, region.bytes())?,
+            Source::Owned(bytes) => memory.copy_in_plain(*to, bytes)?,
+            Source::Converted(matrix) => convert(memory, *to, matrix)?,
+        }
+        done += source.len() as u64;
+    }
+    progress(done, total);
+    mapped.sort_unstable_by_key(|copy| copy.bytes.as_ptr() as usize);
+    let mut before: Option<Registered<'_>> = None;
+    for piece in pieces(&mapped) {
+        let registered = parts.iter().find_map(|(_, source)| whole_pages(source, &piece));
+        let registered = registered.and_then(|pages| Registered::new(card, pages));
+        for copy in &piece {
+            memory.copy_in_plain(copy.to, copy.bytes)?;
+            done += copy.bytes.len() as u64;
+        }
+        // The end of the piece before waits for its copies, which went on while this one was registered.
+        before = registered;
+        progress(done, total);
+    }
+    drop(before);
+    card.wait()?;
+    progress(total, total);
+    Ok(())
+}
+
+/// Cuts copies into pieces that span at most `PIECE_BYTES` of address space, at multiples of it.
+fn pieces<'a>(copies: &[Copy<'a>]) -> Vec<Vec<Copy<'a>>> {
+    let mut pieces: Vec<(usize, Vec<Copy<'a>>)> = Vec::new();
+    for copy in copies {
+        let mut rest = *copy;
+        while !rest.bytes.is_empty() {
+            let address = rest.bytes.as_ptr() as usize;
+            let piece = address / PIECE_BYTES;
+            let length = rest.bytes.len().min((piece + 1) * PIECE_BYTES - address);
+            let (head, tail) = rest.bytes.split_at(length);
+            let part = Copy { bytes: head, to: rest.to };
+            match pieces.last_mut() {
+                Some((last, copies)) if *last == piece => copies.push(part),
+                Some(_) | None => pieces.push((piece, vec![part])),
+            }
+            rest = Copy { bytes: tail, to: rest.to + length as u64 };
+        }
+    }
+    pieces.into_iter().map(|(_, copies)| copies).collect()
+}
+
+/// Gives the whole pages of a mapped file around a piece's copies, if the file is that of `source`.
+fn whole_pages<'a>(source: &'a Source, piece: &[Copy<'_>]) -> Option<&'a [u8]> {
+    let Source::Region(region) = source else { return None };
+    let whole = region.mapping()?;
+    let start = whole.as_ptr() as usize;
+    let (first, last) = (piece.first()?.bytes, piece.last()?.bytes);
+    let from = (first.as_ptr() as usize).checked_sub(start)?;
+    let to = (last.as_ptr() as usize + last.len()).checked_sub(start)?;
+    if to > whole.len() {
+        return None;
+    }
+    let from = from / PAGE_BYTES * PAGE_BYTES;
+    // Never beyond the file: its last page may be a part of one.
+    let to = to.next_multiple_of(PAGE_BYTES).min(whole.len());
+    Some(&whole[from..to])
+}
+
+/// Decodes a matrix and rounds it to 16-bit floats, some rows at a time.
+fn convert(memory: &Memory, to: u64, matrix: &Matrix) -> Result<(), DeviceError> {
+    let row_bytes = matrix.cols() * size_of::<bf16>();
+    for first in (0..matrix.rows()).step_by(CONVERTED_ROWS) {
+        let rows = matrix.decode_rows(first..matrix.rows().min(first + CONVERTED_ROWS));
+        let mut narrow = vec![bf16::ZERO; rows.len()];
+        narrow.convert_from_f32_slice(&rows);
+        let bytes: Vec<u8> = narrow.iter().flat_map(|value| value.to_le_bytes()).collect();
+        memory.copy_in_plain(to + (first * row_bytes) as u64, &bytes)?;
+    }
+    Ok(())
+}

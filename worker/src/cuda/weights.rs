@@ -1,0 +1,489 @@
+//! A model's weights on a card: what lies where, in the form in which the file stores it.
+//!
+//! Owns: the layout of the one allocation that holds all weights, made before it is taken, and the descriptors by which
+//! kernels find matrices. Refuses: shapes that the kernels have no code for. Invariant: 4-bit weights stay 4-bit; a matrix
+//! is only converted (to 16-bit floats) where the file holds floats of another type or order, or an NF4 block size that
+//! the kernels do not know.
+
+use bulkhead_shared::units::Bytes;
+use half::bf16;
+
+use super::driver::Card;
+use super::transfer::Memory;
+use super::upload::{Source, upload};
+use crate::device::DeviceError;
+use crate::model::config::Config;
+use crate::model::weights::{LayerWeights, Linear, Weights};
+use crate::quant::nf4::{BLOCK_SIZE, NESTED_GROUP};
+use crate::quant::{FloatType, Matrix, Scales};
+
+/// Every part begins at a multiple of this: what kernels load at once never crosses it. Units: bytes.
+const ALIGNMENT: u64 = 256;
+
+/// Columns that the kernels take at a time.
+const COLUMNS_STEP: usize = 64;
+
+/// Bytes of a matrix's descriptor: `Matrix` of worker/kernels/formats.cuh.
+const DESCRIPTOR_BYTES: usize = 48;
+
+/// How a matrix is stored on the card.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// NF4 with f32 scales.
+    Nf4,
+    /// NF4 with scales that are quantised themselves.
+    Nf4Nested,
+    /// MXFP4.
+    Mxfp4,
+    /// 16-bit floats.
+    Bf16,
+}
+
+impl Form {
+    /// Gives the name that kernels have for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Form::Nf4 => "nf4",
+            Form::Nf4Nested => "nf4_nested",
+            Form::Mxfp4 => "mxfp4",
+            Form::Bf16 => "bf16",
+        }
+    }
+
+    /// Gives the shared memory that a product's tables take. Units: bytes.
+    #[must_use]
+    pub fn table_bytes(self) -> u32 {
+        const SCALES: u32 = 1024;
+        match self {
+            Form::Nf4 | Form::Nf4Nested | Form::Mxfp4 => 32768 + SCALES,
+            Form::Bf16 => SCALES,
+        }
+    }
+
+    fn of(matrix: &Matrix) -> Form {
+        match matrix {
+            Matrix::Mxfp4(_) => Form::Mxfp4,
+            Matrix::Nf4(nf4) if nf4.block_size() == BLOCK_SIZE => match nf4.scales() {
+                Scales::Plain(_) => Form::Nf4,
+                Scales::Nested(nested) if nested.group == NESTED_GROUP => Form::Nf4Nested,
+                Scales::Nested(_) => Form::Bf16,
+            },
+            Matrix::Nf4(_) | Matrix::Dense(_) => Form::Bf16,
+        }
+    }
+}
+
+/// Matrices that are multiplied with one activation, in one launch.
+#[derive(Clone, Debug)]
+pub struct Product {
+    /// Their form.
+    pub form: Form,
+    /// The address of their descriptors.
+    pub matrices: u64,
+    /// How many there are.
+    pub count: u32,
+    /// Columns of each.
+    pub columns: u32,
+    /// Rows: of all together where they stand side by side, of each where they are experts.
+    pub rows: u32,
+    /// Rows of each, for counting pieces of work.
+    each: Vec<u32>,
+    /// The address of the 256 values of nested scales.
+    pub scale_values: u64,
+    /// Bytes that a product with all of them reads.
+    pub bytes: u64,
+}
+
+impl Product {
+    /// Counts pieces of `rows` rows, none of which belongs to two matrices.
+    #[must_use]
+    pub fn tiles(&self, rows: u32) -> u32 {
+        self.each.iter().map(|each| each.div_ceil(rows)).sum()
+    }
+}
+
+/// The mixture of one layer.
+#[derive(Clone, Debug)]
+pub struct Experts {
+    /// The address of the router's matrix, [experts, hidden] bf16.
+    pub router: u64,
+    /// The address of its bias.
+    pub router_bias: u64,
+    /// Experts.
+    pub count: u32,
+    /// Experts of a token.
+    pub used: u32,
+    /// Width of the residual stream.
+    pub hidden: u32,
+    /// The slope inside the sigmoid.
+    pub alpha: f32,
+    /// The bound of gate and up.
+    pub limit: f32,
+    /// The first product, one matrix for each expert.
+    pub gate_up: Product,
+    /// The second.
+    pub down: Product,
+    /// Bytes that the router's product reads.
+    pub router_bytes: u64,
+}
+
+/// One layer. Addresses.
+#[derive(Clone, Debug)]
+pub struct CardLayer {
+    /// [hidden] f32.
+    pub attention_norm: u64,
+    /// Queries, keys and values.
+    pub qkv: Product,
+    /// [query heads] f32.
+    pub sinks: u64,
+    /// The output projection.
+    pub o: Product,
+    /// [hidden] f32.
+    pub mlp_norm: u64,
+    /// The mixture; `None` where the host computes it.
+    pub experts: Option<Experts>,
+}
+
+/// All weights of a card.
+#[derive(Debug)]
+pub struct CardWeights {
+    memory: Memory,
+    /// The layers.
+    pub layers: Vec<CardLayer>,
+    /// [hidden] f32.
+    pub final_norm: u64,
+    /// The output matrix.
+    pub lm_head: Product,
+    /// The address of the embedding, [vocabulary, hidden] bf16, where it lies on the card.
+    pub embedding: Option<u64>,
+}
+
+/// Where the parts of a matrix lie, counted from the start of the allocation.
+#[derive(Clone, Copy, Debug)]
+struct Placed {
+    form: Form,
+    codes: u64,
+    scales: Option<u64>,
+    nested: Option<u64>,
+    bias: Option<u64>,
+    offset: f32,
+    rows: u32,
+    columns: u32,
+    bytes: u64,
+}
+
+/// The layout while it is made.
+#[derive(Debug, Default)]
+pub struct Layout {
+    parts: Vec<(u64, Source)>,
+    bytes: u64,
+    descriptors: Vec<(Placed, u32)>,
+    maps: Vec<(Box<[f32; 256]>, u64)>,
+}
+
+/// A model's layout: everything but the addresses.
+#[derive(Debug)]
+pub struct Planned {
+    layout: Layout,
+    layers: Vec<CardLayer>,
+    final_norm: u64,
+    lm_head: Product,
+    embedding: Option<u64>,
+    descriptors_at: u64,
+}
+
+/// Which parts of a model lie on the card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// For each layer, whether the host computes its experts.
+    pub host_experts: Vec<bool>,
+    /// Whether the embedding lies on the card.
+    pub is_embedding_on_card: bool,
+}
+
+impl Planned {
+    /// Lays a model's weights out.
+    ///
+    /// # Errors
+    /// `Unusable` for shapes or mixtures of forms that the kernels have no code for.
+    pub fn new(config: &Config, weights: &Weights, places: &Places) -> Result<Planned, DeviceError> {
+        let mut layout = Layout::default();
+        let layer = |(layer, on_host): (&LayerWeights, &bool)| layout.layer(config, layer, *on_host);
+        let layers = weights.layers.iter().zip(&places.host_experts).map(layer).collect::<Result<_, _>>()?;
+        let final_norm = layout.floats(&weights.final_norm);
+        let lm_head = layout.side_by_side(&[(&weights.lm_head, None)], "the output matrix")?;
+        let embedding = places.is_embedding_on_card.then(|| layout.bf16(&weights.embedding));
+        let descriptors_at = layout.take(layout.descriptors.len() * DESCRIPTOR_BYTES);
+        Ok(Planned { layout, layers, final_norm, lm_head, embedding, descriptors_at })
+    }
+
+    /// Gives the bytes of the allocation.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        Bytes(self.layout.bytes)
+    }
+
+    /// Gives the forms of all products.
+    #[must_use]
+    pub fn forms(&self) -> Vec<Form> {
+        let mut forms: Vec<Form> = Vec::new();
+        for (placed, _) in &self.layout.descriptors {
+            if !forms.contains(&placed.form) {
+                forms.push(placed.form);
+            }
+        }
+        forms
+    }
+
+    /// Takes the allocation and brings the weights there. `progress` is told how many bytes are there.
+    ///
+    /// # Errors
+    /// `OutOfMemory` and the driver's.
+    pub fn bring(mut self, card: &Card, progress: &mut dyn FnMut(u64, u64)) -> Result<CardWeights, DeviceError> {
+        let memory = Memory::take(card, self.layout.bytes, "weights")?;
+        let base = memory.at(0);
+        let descriptors = self.layout.descriptors.iter().flat_map(|(placed, output)| placed.descriptor(base, *output));
+        let descriptors: Vec<u8> = descriptors.collect();
+        self.layout.parts.push((self.descriptors_at, Source::Owned(descriptors)));
+        upload(card, &memory, std::mem::take(&mut self.layout.parts), progress)?;
+        let matrices = base + self.descriptors_at;
+        self.layers.iter_mut().for_each(|layer| layer.rebase(base, matrices));
+        self.lm_head.rebase(base, matrices);
+        Ok(CardWeights {
+            memory,
+            layers: self.layers,
+            final_norm: base + self.final_norm,
+            lm_head: self.lm_head,
+            embedding: self.embedding.map(|at| base + at),
+        })
+    }
+}
+
+impl CardWeights {
+    /// Gives the bytes that are held.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        Bytes(self.memory.bytes())
+    }
+}
+
+impl CardLayer {
+    fn rebase(&mut self, base: u64, matrices: u64) {
+        for place in [&mut self.attention_norm, &mut self.sinks, &mut self.mlp_norm] {
+            *place += base;
+        }
+        self.qkv.rebase(base, matrices);
+        self.o.rebase(base, matrices);
+        if let Some(experts) = &mut self.experts {
+            experts.router += base;
+            experts.router_bias += base;
+            experts.gate_up.rebase(base, matrices);
+            experts.down.rebase(base, matrices);
+        }
+    }
+}
+
+impl Product {
+    /// Turns places into addresses.
+    fn rebase(&mut self, base: u64, matrices: u64) {
+        self.scale_values += base;
+        // Until now the index of the first descriptor.
+        self.matrices = matrices + self.matrices * DESCRIPTOR_BYTES as u64;
+    }
+}
+
+impl Placed {
+    fn descriptor(&self, base: u64, output: u32) -> [u8; DESCRIPTOR_BYTES] {
+        let address = |place: Option<u64>| place.map_or(0, |place| base + place);
+        let addresses = [Some(self.codes), self.scales, self.nested, self.bias].map(address);
+        let mut bytes = [0; DESCRIPTOR_BYTES];
+        for (to, address) in bytes.chunks_exact_mut(8).zip(addresses) {
+            to.copy_from_slice(&address.to_le_bytes());
+        }
+        let rest = [self.offset.to_bits(), self.rows, output, 0];
+        for (to, number) in bytes[32..].chunks_exact_mut(4).zip(rest) {
+            to.copy_from_slice(&number.to_le_bytes());
+        }
+        bytes
+    }
+}
+
+impl Layout {
+    /// Gives the place of the next part.
+    fn take(&mut self, bytes: usize) -> u64 {
+        let at = self.bytes;
+        self.bytes = (at + bytes as u64).next_multiple_of(ALIGNMENT);
+        at
+    }
+
+    fn part(&mut self, source: Source) -> u64 {
+        let at = self.take(source.len());
+        self.parts.push((at, source));
+        at
+    }
+
+    fn floats(&mut self, values: &[f32]) -> u64 {
+        self.part(Source::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect()))
+    }
+
+    /// Places a matrix as 16-bit floats by rows.
+    fn bf16(&mut self, matrix: &Matrix) -> u64 {
+        match matrix {
+            Matrix::Dense(dense) if dense.float_type() == FloatType::Bf16 && dense.col_stride() == 1 => {
+                self.part(Source::Region(dense.region().clone()))
+            }
+            Matrix::Dense(_) | Matrix::Nf4(_) | Matrix::Mxfp4(_) => self.part(Source::Converted(matrix.clone())),
+        }
+    }
+
+    fn layer(&mut self, config: &Config, layer: &LayerWeights, on_host: bool) -> Result<CardLayer, DeviceError> {
+        let attention = &layer.attention;
+        let linear = |linear: &'_ Linear| (linear.weight.clone(), linear.bias.clone());
+        let qkv = [&attention.q, &attention.k, &attention.v].map(linear);
+        let qkv: Vec<_> = qkv.iter().map(|(weight, bias)| (weight, bias.as_deref())).collect();
+        let experts = match on_host {
+            true => None,
+            false => Some(self.experts(config, layer)?),
+        };
+        Ok(CardLayer {
+            attention_norm: self.floats(&layer.attention_norm),
+            qkv: self.side_by_side(&qkv, "the projections of attention")?,
+            sinks: self.floats(&attention.sinks),
+            o: self.side_by_side(&[(&attention.o.weight, attention.o.bias.as_deref())], "the output of attention")?,
+            mlp_norm: self.floats(&layer.mlp_norm),
+            experts,
+        })
+    }
+
+    fn experts(&mut self, config: &Config, layer: &LayerWeights) -> Result<Experts, DeviceError> {
+        let number = |value: usize| u32::try_from(value).expect("dimensions are bounded");
+        let router = self.bf16(&layer.router.weight);
+        let bias = layer.router.bias.clone().unwrap_or_else(|| vec![0.0; config.experts]);
+        let router_bias = self.floats(&bias);
+        let gate_up: Vec<_> = layer.experts.iter().map(|expert| &expert.gate_up).collect();
+        let down: Vec<_> = layer.experts.iter().map(|expert| &expert.down).collect();
+        Ok(Experts {
+            router,
+            router_bias,
+            count: number(config.experts),
+            used: number(config.experts_per_token),
+            hidden: number(config.hidden_size),
+            alpha: config.swiglu_alpha,
+            limit: config.swiglu_limit,
+            gate_up: self.alternatives(&gate_up)?,
+            down: self.alternatives(&down)?,
+            router_bytes: (layer.router.weight.rows() * layer.router.weight.cols() * 2 + bias.len() * 4) as u64,
+        })
+    }
+
+    /// Places matrices whose results stand side by side.
+    fn side_by_side(&mut self, matrices: &[(&Matrix, Option<&[f32]>)], what: &str) -> Result<Product, DeviceError> {
+        let first = self.descriptors.len();
+        let mut output = 0;
+        for (matrix, bias) in matrices {
+            let placed = self.matrix(matrix, *bias)?;
+            self.descriptors.push((placed, output));
+            output += placed.rows;
+        }
+        self.product(first, output, matrices.iter().map(|(matrix, _)| *matrix), what)
+    }
+
+    /// Places matrices of which each token picks some.
+    fn alternatives(&mut self, linears: &[&Linear]) -> Result<Product, DeviceError> {
+        let first = self.descriptors.len();
+        for linear in linears {
+            let placed = self.matrix(&linear.weight, linear.bias.as_deref())?;
+            self.descriptors.push((placed, 0));
+        }
+        let rows = linears.first().map_or(0, |linear| linear.weight.rows() as u32);
+        self.product(first, rows, linears.iter().map(|linear| &linear.weight), "the experts of a layer")
+    }
+
+    fn product<'m>(
+        &mut self,
+        first: usize,
+        rows: u32,
+        matrices: impl Iterator<Item = &'m Matrix>,
+        what: &str,
+    ) -> Result<Product, DeviceError> {
+        let placed: Vec<Placed> = self.descriptors[first..].iter().map(|(placed, _)| *placed).collect();
+        let (form, columns) = (placed[0].form, placed[0].columns);
+        if placed.iter().any(|other| other.form != form || other.columns != columns) {
+            return Err(DeviceError::Unusable(format!("{what} are stored in different forms: a card needs one")));
+        }
+        let mut scale_values = None;
+        for map in matrices.filter(|_| form == Form::Nf4Nested).filter_map(nested_map) {
+            let at = self.map(map);
+            if *scale_values.get_or_insert(at) != at {
+                return Err(DeviceError::Unusable(format!("{what} have different maps of nested scales")));
+            }
+        }
+        Ok(Product {
+            form,
+            matrices: first as u64,
+            count: placed.len() as u32,
+            columns,
+            rows,
+            each: placed.iter().map(|placed| placed.rows).collect(),
+            scale_values: scale_values.unwrap_or(0),
+            bytes: placed.iter().map(|placed| placed.bytes).sum(),
+        })
+    }
+
+    /// Places a map of nested scales, each once.
+    fn map(&mut self, map: &[f32; 256]) -> u64 {
+        let bits = |values: &[f32; 256]| values.map(f32::to_bits);
+        if let Some((_, at)) = self.maps.iter().find(|(known, _)| bits(known) == bits(map)) {
+            return *at;
+        }
+        let at = self.floats(map);
+        self.maps.push((Box::new(*map), at));
+        at
+    }
+
+    fn matrix(&mut self, matrix: &Matrix, bias: Option<&[f32]>) -> Result<Placed, DeviceError> {
+        let (rows, columns) = (matrix.rows(), matrix.cols());
+        if !columns.is_multiple_of(COLUMNS_STEP) {
+            let reason = format!("a matrix of {columns} columns: a card needs a multiple of {COLUMNS_STEP}");
+            return Err(DeviceError::Unusable(reason));
+        }
+        let form = Form::of(matrix);
+        let (mut nested_at, mut offset) = (None, 0.0);
+        let (codes, scales) = match matrix {
+            Matrix::Mxfp4(mxfp4) => {
+                let codes = self.part(Source::Region(mxfp4.blocks().clone()));
+                (codes, Some(self.part(Source::Region(mxfp4.scales().clone()))))
+            }
+            Matrix::Nf4(nf4) if form != Form::Bf16 => {
+                let codes = self.part(Source::Region(nf4.packed().clone()));
+                let scales = match nf4.scales() {
+                    Scales::Plain(scales) => self.part(Source::Region(scales.clone())),
+                    Scales::Nested(nested) => {
+                        nested_at = Some(self.floats(&nested.absmax));
+                        offset = nested.offset;
+                        self.part(Source::Region(nested.codes.clone()))
+                    }
+                };
+                (codes, Some(scales))
+            }
+            Matrix::Nf4(_) | Matrix::Dense(_) => (self.bf16(matrix), None),
+        };
+        let bias_bytes = bias.map_or(0, size_of_val);
+        let stored = if form == Form::Bf16 { rows * columns * size_of::<bf16>() } else { matrix.stored_bytes() };
+        let (rows, columns) = (rows as u32, columns as u32);
+        let bias = bias.map(|bias| self.floats(bias));
+        let bytes = (stored + bias_bytes) as u64;
+        Ok(Placed { form, codes, scales, nested: nested_at, bias, offset, rows, columns, bytes })
+    }
+}
+
+fn nested_map(matrix: &Matrix) -> Option<&[f32; 256]> {
+    match matrix {
+        Matrix::Nf4(nf4) => match nf4.scales() {
+            Scales::Nested(nested) => Some(&nested.map),
+            Scales::Plain(_) => None,
+        },
+        Matrix::Dense(_) | Matrix::Mxfp4(_) => None,
+    }
+}
