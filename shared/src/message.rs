@@ -124,6 +124,10 @@ pub struct LoadPlan {
     pub sequences_max: u32,
     /// Bytes for the KV cache; 0 lets the worker take what one full context and the batch need.
     pub kv_bytes: Bytes,
+    /// Bytes that the worker may hold on the device in all; 0 takes its share of the card. Of no meaning on a processor.
+    pub device_budget: Bytes,
+    /// How keys and values are kept.
+    pub kv_type: KvType,
     /// Slows every step down, for tests; only ever set behind `--allow-faults`. Units: milliseconds.
     pub step_delay_ms: u32,
 }
@@ -135,6 +139,27 @@ pub enum DeviceChoice {
     Cpu,
     /// A CUDA card by its number.
     Cuda(u32),
+}
+
+/// How keys and values of past tokens are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Encode, Decode)]
+pub enum KvType {
+    /// As 16-bit floats.
+    #[default]
+    Bf16,
+    /// As signed bytes, with a scale for each head and token: half the memory, a little less exact.
+    Int8,
+}
+
+impl KvType {
+    /// Gives the word for settings and status lines.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            KvType::Bf16 => "bf16",
+            KvType::Int8 => "int8",
+        }
+    }
 }
 
 /// A layer of a worker's isolation.
@@ -189,17 +214,25 @@ pub struct Facts {
     pub device: String,
     /// How its weights are stored, for people: `nf4`, `mxfp4`, `bf16`.
     pub quantization: String,
+    /// What the memory plan gave up to fit, for people; empty when nothing.
+    pub given_up: Vec<String>,
 }
 
 /// A purpose of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum MemoryKind {
-    /// Weights, mapped or read.
+    /// Weights where the model computes, mapped or read.
     Weights,
+    /// Weights that a card reads from the host's memory.
+    HostWeights,
     /// Keys and values of past tokens.
     KvCache,
     /// Activations of one step.
     Scratch,
+    /// What the driver keeps on a card for itself: context, code, graphs.
+    Reserve,
+    /// Host memory for the keys and values of sequences that had to make room.
+    Swap,
 }
 
 impl MemoryKind {
@@ -208,8 +241,11 @@ impl MemoryKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             MemoryKind::Weights => "weights",
+            MemoryKind::HostWeights => "host_weights",
             MemoryKind::KvCache => "kv_cache",
             MemoryKind::Scratch => "scratch",
+            MemoryKind::Reserve => "reserve",
+            MemoryKind::Swap => "swap",
         }
     }
 }

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
-use bulkhead_shared::message::{DeviceChoice, Facts, LoadPlan, MemoryKind};
+use bulkhead_shared::message::{DeviceChoice, Facts, KvType, LoadPlan, MemoryKind};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, value_parser};
 
@@ -189,6 +189,8 @@ fn plan(args: &BenchArgs, context_tokens: u32) -> Result<LoadPlan, BenchError> {
         context_tokens,
         sequences_max: args.batch,
         kv_bytes: Bytes(0),
+        device_budget: Bytes(0),
+        kv_type: KvType::Bf16,
         step_delay_ms: 0,
     })
 }

@@ -8,7 +8,7 @@ use bulkhead_shared::exit::WorkerExit;
 use clap::{Parser, Subcommand};
 use tracing::error;
 
-use crate::{bench, eval, sandbox, serve};
+use crate::{bench, eval, plan, sandbox, serve};
 
 /// The process that holds a model. `bulkhead` starts it; by hand it computes logits for comparison,
 /// and measures speed.
@@ -27,6 +27,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Measure how fast a model computes here, and how much of the memory's bandwidth that uses.
     Bench(bench::BenchArgs),
+    /// Plan the memory of a model on cards of given sizes, without loading it.
+    Plan(plan::PlanArgs),
 }
 
 /// Does what the arguments of the process say, and gives its exit code.
@@ -35,6 +37,7 @@ pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve => serve(),
         Command::Eval(args) => end_by_hand(eval::run(&args)),
+        Command::Plan(args) => end_by_hand(plan::run(&args, &mut std::io::stdout())),
         Command::Bench(args) => end_by_hand(bench::run(&args, &mut std::io::stdout())),
     }
 }

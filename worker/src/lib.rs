@@ -16,6 +16,7 @@ pub mod ipc;
 pub mod loader;
 pub mod memory;
 pub mod model;
+pub mod plan;
 pub mod quant;
 pub mod sandbox;
 pub mod serve;

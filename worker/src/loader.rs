@@ -124,8 +124,7 @@ fn on_processor(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> 
     let cache = KvCache::new(KvShape::of(&config), planned.full_blocks, planned.sequences, StepTokens::CPU.sum());
     let decoder = Arc::new(Decoder::new(config, weights, cpu));
     let facts = planned.facts(decoder.config(), decoder.describe_device(), format);
-    let shrunk = |model| format!("the context is {} tokens instead of {model}", planned.context_tokens);
-    let given_up = planned.context_given_up.map(shrunk).into_iter().collect();
+    let given_up = facts.given_up.clone();
     let loaded = Loaded { facts, sequences: planned.sequences, given_up };
     Ok((Backend::cpu(decoder, cache), loaded))
 }

@@ -233,6 +233,8 @@ fn check_facts(facts: &Facts) -> Result<(), Violation> {
     at_most("device text", facts.device.len(), DETAIL_BYTES_MAX)?;
     at_most("quantization text", facts.quantization.len(), DETAIL_BYTES_MAX)?;
     at_most("kinds of memory", facts.memory.len(), 16)?;
+    at_most("things given up", facts.given_up.len(), 16)?;
+    at_most("given up text", facts.given_up.iter().map(String::len).sum(), DETAIL_BYTES_MAX)?;
     for (is_wrong, what) in [
         (facts.context_tokens == 0, "no context"),
         (facts.block_tokens == 0, "no tokens in a block"),
@@ -263,6 +265,7 @@ mod tests {
             memory: Vec::new(),
             device: "cpu".into(),
             quantization: "nf4".into(),
+            given_up: Vec::new(),
         }
     }
 

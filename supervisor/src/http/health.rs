@@ -77,6 +77,7 @@ pub(crate) fn worker(fleet: &Fleet) -> Value {
         worker["device"] = facts.device.into();
         worker["quantization"] = facts.quantization.into();
         worker["context_tokens"] = facts.context_tokens.into();
+        worker["given_up"] = facts.given_up.into();
         worker["memory"] = Value::Object(memory.collect::<Map<_, _>>());
         worker["blocks"] = json!({
             "total": facts.blocks, "free": status.blocks_free, "tokens": facts.block_tokens,

@@ -183,6 +183,7 @@ impl Worker {
             memory: Vec::new(),
             device: "cpu (fake)".into(),
             quantization: "none".into(),
+            given_up: Vec::new(),
         }))
     }
 

@@ -4,7 +4,7 @@ use bulkhead_shared::frame::{LENGTH_BYTES, decode, decode_length, encode};
 use bulkhead_shared::generate::{Chat, Generate, Message, Prompt, ReasoningEffort, Sampling, Tool, ToolCall};
 use bulkhead_shared::limits::{DECODE_BYTES_MAX, FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{
-    DeviceChoice, Facts, Failure, FinishReason, FromWorker, Layer, LoadPlan, MemoryKind, Piece, ToWorker, Usage,
+    DeviceChoice, Facts, Failure, FinishReason, FromWorker, KvType, Layer, LoadPlan, MemoryKind, Piece, ToWorker, Usage,
 };
 use bulkhead_shared::units::{Bytes, RequestId};
 use bulkhead_tests::fuzz::{Random, mutate, run};
@@ -42,6 +42,8 @@ fn to_worker() -> Vec<ToWorker> {
         context_tokens: 4096,
         sequences_max: 8,
         kv_bytes: Bytes(1 << 30),
+        device_budget: Bytes(22 << 30),
+        kv_type: KvType::Int8,
         step_delay_ms: 0,
     };
     let tokens = Generate { prompt: Prompt::Tokens((0..100).collect()), ..generate() };
@@ -65,6 +67,7 @@ fn from_worker() -> Vec<FromWorker> {
         memory: vec![(MemoryKind::Weights, Bytes(5 << 20)), (MemoryKind::KvCache, Bytes(1 << 30))],
         device: "cpu".into(),
         quantization: "nf4".into(),
+        given_up: vec!["the embedding stays in host memory".into()],
     };
     let length = Failure::ContextLength { prompt_tokens: 9, max_tokens: 0, context_tokens: 8 };
     let invalid = Failure::Invalid { param: "prompt".into(), detail: "has a token id that does not exist".into() };

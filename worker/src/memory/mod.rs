@@ -1,7 +1,11 @@
 //! The plan: what goes where in memory, decided before the first allocation. Pure but for the readers of /proc and /sys.
+//!
+//! Here is the plan for the processor; `card` makes the one for a CUDA card.
+
+pub mod card;
 
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
-use bulkhead_shared::message::{Facts, LoadPlan, MemoryKind};
+use bulkhead_shared::message::{Facts, KvType, LoadPlan, MemoryKind};
 use bulkhead_shared::units::Bytes;
 
 use crate::engine::backend::StepTokens;
@@ -63,6 +67,44 @@ pub enum PlanError {
         /// The context that would fit.
         fits: u32,
     },
+    /// Keys and values of this type are for a card alone.
+    #[error("kv_cache_type {} is for a CUDA card: on the processor set it to {}", .0.as_str(), KvType::Bf16.as_str())]
+    KvTypeOnProcessor(KvType),
+    /// Even with all experts on the host, what must be on the card is more than may be held there.
+    #[error("{}", card_too_small(*.context, *.needed, *.budget, *.fits))]
+    CardTooSmall {
+        /// The context in tokens that this was worked out for.
+        context: u32,
+        /// What that would need on the card at the least.
+        needed: Bytes,
+        /// What may be held there.
+        budget: Bytes,
+        /// The context that would fit; 0 for none.
+        fits: u32,
+    },
+    /// What does not go on the card does not fit beside it either.
+    #[error(
+        "{needed} of weights have no place on a card of which {budget} may be used, and the host has {available} for them: \
+         free host memory, or use a card with {needed} more"
+    )]
+    HostTooSmall {
+        /// The weights that stay on the host.
+        needed: Bytes,
+        /// What the host has.
+        available: Bytes,
+        /// What may be held on the card.
+        budget: Bytes,
+    },
+}
+
+fn card_too_small(context: u32, needed: Bytes, budget: Bytes, fits: u32) -> String {
+    let fault = format!(
+        "a context of {context} tokens needs at least {needed} on the card with every expert on the host, and {budget} may be used: "
+    );
+    match fits {
+        0 => fault + "give the device more memory, or compute on the processor",
+        _ => fault + &format!("set context_tokens to at most {fits}, or give the device more memory"),
+    }
 }
 
 /// Plans the memory of a model on the processor.
@@ -70,18 +112,11 @@ pub enum PlanError {
 /// # Errors
 /// See `PlanError`. A context that the supervisor left open is made smaller to fit, and the plan says so.
 pub fn plan(config: &Config, weights: Bytes, asked: &LoadPlan, available: Bytes) -> Result<MemoryPlan, PlanError> {
-    let model_context = u32::try_from(config.context_tokens).unwrap_or(u32::MAX).min(CONTEXT_TOKENS_MAX);
-    let context = match asked.context_tokens {
-        0 => model_context,
-        tokens if tokens > model_context => {
-            return Err(PlanError::ContextBeyondModel { asked: tokens, model: model_context });
-        }
-        tokens => tokens,
-    };
-    let sequences = match asked.sequences_max {
-        0 => SEQUENCES_DEFAULT,
-        count => count.min(WORKER_REQUESTS_MAX as u32),
-    };
+    if asked.kv_type != KvType::Bf16 {
+        return Err(PlanError::KvTypeOnProcessor(asked.kv_type));
+    }
+    let context = context_asked(config, asked)?;
+    let sequences = sequences_asked(asked);
     let shape = KvShape::of(config);
     let windows = shape.window_bytes(sequences, StepTokens::CPU.sum());
     let block = shape.full_block_bytes();
@@ -113,6 +148,23 @@ pub fn plan(config: &Config, weights: Bytes, asked: &LoadPlan, available: Bytes)
     })
 }
 
+/// Gives the context that a plan starts from: what was asked for, or the model's own.
+fn context_asked(config: &Config, asked: &LoadPlan) -> Result<u32, PlanError> {
+    let model = u32::try_from(config.context_tokens).unwrap_or(u32::MAX).min(CONTEXT_TOKENS_MAX);
+    match asked.context_tokens {
+        0 => Ok(model),
+        tokens if tokens > model => Err(PlanError::ContextBeyondModel { asked: tokens, model }),
+        tokens => Ok(tokens),
+    }
+}
+
+fn sequences_asked(asked: &LoadPlan) -> u32 {
+    match asked.sequences_max {
+        0 => SEQUENCES_DEFAULT,
+        count => count.min(WORKER_REQUESTS_MAX as u32),
+    }
+}
+
 impl MemoryPlan {
     /// States the plan as facts for the supervisor.
     #[must_use]
@@ -129,7 +181,14 @@ impl MemoryPlan {
             ],
             device,
             quantization: quantization.to_owned(),
+            given_up: self.given_up(),
         }
+    }
+
+    /// Says what was given up for want of memory, for people.
+    fn given_up(&self) -> Vec<String> {
+        let context = |from| card::GivenUp::Context { from, to: self.context_tokens }.to_string();
+        self.context_given_up.map(context).into_iter().collect()
     }
 }
 
@@ -204,6 +263,8 @@ mod tests {
             context_tokens,
             sequences_max,
             kv_bytes: Bytes(kv_bytes),
+            device_budget: Bytes(0),
+            kv_type: KvType::Bf16,
             step_delay_ms: 0,
         }
     }
@@ -239,6 +300,14 @@ mod tests {
         let at = |tokens| plan(&config(), Bytes(0), &asked(tokens, 1, 0), Bytes(64 * GIB));
         assert!(at(131_072).is_ok());
         assert_eq!(at(131_073), Err(PlanError::ContextBeyondModel { asked: 131_073, model: 131_072 }));
+    }
+
+    #[test]
+    fn keys_and_values_in_8_bits_are_refused() {
+        let asked = LoadPlan { kv_type: KvType::Int8, ..asked(0, 1, 0) };
+        let error = plan(&config(), Bytes(0), &asked, Bytes(64 * GIB)).expect_err("for a card alone");
+        assert_eq!(error, PlanError::KvTypeOnProcessor(KvType::Int8));
+        assert_eq!(error.to_string(), "kv_cache_type int8 is for a CUDA card: on the processor set it to bf16");
     }
 
     #[test]

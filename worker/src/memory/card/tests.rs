@@ -1,0 +1,242 @@
+use bulkhead_shared::message::DeviceChoice;
+
+use super::*;
+
+const GIB: u64 = 1 << 30;
+
+/// The dimensions of gpt-oss-20b, and of the 120b, whose figures are published.
+fn config(name: &str) -> Config {
+    let text = match name {
+        "20b" => include_bytes!("../../../../tests/fixtures/configs/gpt-oss-20b.json").as_slice(),
+        "120b" => include_bytes!("../../../../tests/fixtures/configs/gpt-oss-120b.json"),
+        other => panic!("no fixture for {other}"),
+    };
+    Config::parse(text, name).expect("the fixture is whole")
+}
+
+fn asked(context_tokens: u32, sequences_max: u32) -> LoadPlan {
+    LoadPlan {
+        model_dir: "/models/20b".into(),
+        device: DeviceChoice::Cuda(0),
+        threads: 0,
+        context_tokens,
+        sequences_max,
+        kv_bytes: Bytes(0),
+        device_budget: Bytes(0),
+        kv_type: KvType::Bf16,
+        step_delay_ms: 0,
+    }
+}
+
+/// Plans the 20b in NF4 on a budget in tenths of GiB, beside 64 GiB of host memory.
+fn nf4(context_tokens: u32, sequences: u32, budget_tenths: u64) -> Result<CardPlan, PlanError> {
+    let config = config("20b");
+    let sizes = sizes_of(&config, Some(Quantization::Nf4));
+    let limits = CardLimits { budget: Bytes(budget_tenths * GIB / 10), host_available: Bytes(64 * GIB) };
+    plan_card(&config, &sizes, &asked(context_tokens, sequences), KvType::Bf16, limits)
+}
+
+/// Checks what must be true of every plan.
+fn check_sums(plan: &CardPlan, sizes: &WeightSizes, limits: CardLimits) {
+    assert!(plan.card_bytes() <= limits.budget, "{plan:?} passes {limits:?}");
+    assert!(plan.weights_host.0 + plan.swap.0 <= limits.host_available.0, "{plan:?} passes {limits:?}");
+    let layers: u64 = sizes.layers.iter().map(|layer| layer.attention + layer.experts).sum();
+    assert_eq!(plan.weights_card.0 + plan.weights_host.0, layers + sizes.embedding + sizes.lm_head);
+    let moved = plan.host_layers.iter().zip(&sizes.layers).filter(|(is_host, _)| **is_host);
+    let embedding = if plan.is_embedding_on_card { 0 } else { sizes.embedding };
+    assert_eq!(plan.weights_host.0, moved.map(|(_, layer)| layer.experts).sum::<u64>() + embedding);
+    assert!(u64::from(plan.full_blocks) * u64::from(BLOCK_TOKENS) >= u64::from(plan.context_tokens));
+}
+
+#[test]
+fn sizes_of_the_20b_are_the_published_ones() {
+    let config = config("20b");
+    let experts = |form| sizes_of(&config, form).layers.iter().map(|layer| layer.experts).sum::<u64>();
+    for (form, gb) in [(Some(Quantization::Nf4), 9.86), (Some(Quantization::Mxfp4), 10.15), (None, 38.2)] {
+        // The published figures leave out the biases: 24 * 32 * 8640 of them.
+        let weights = (experts(form) - 24 * 32 * 8640 * 4) as f64 / 1e9;
+        assert!((weights - gb).abs() < 0.05, "{form:?}: {weights} GB");
+    }
+    let sizes = sizes_of(&config, Some(Quantization::Mxfp4));
+    assert_eq!((sizes.embedding, sizes.lm_head), (2 * 201_088 * 2880, 2 * 201_088 * 2880 + 4 * 2880));
+    assert!(!sizes.is_tied);
+}
+
+#[test]
+fn blocks_are_those_of_the_kernels() {
+    let shape = KvShape::of(&config("20b"));
+    // 8 heads; 32 tokens of 64 elements, keys and values; in 8 bits with a scale for each.
+    assert_eq!(layer_block_bytes(&shape, KvType::Bf16), 8 * 2 * 32 * 64 * 2);
+    assert_eq!(layer_block_bytes(&shape, KvType::Int8), 8 * 2 * 32 * (64 + 4));
+    assert_eq!(12 * layer_block_bytes(&shape, KvType::Bf16), shape.full_block_bytes());
+}
+
+#[test]
+fn buffers_are_counted_row_by_row() {
+    let config = config("20b");
+    let none = scratch_bytes_card(&config, 0, 0, 8192);
+    assert_eq!(none, 4 * 64 * 201_088 + 24 * 64 * 197);
+    let row = 2880 * (4 + 2 + 4 + 4) + 5120 * 4 + 4096 * 2 + 32 * 4 + 4 * 12 + 4 * 2880 * (2 + 4);
+    assert_eq!(scratch_bytes_card(&config, 0, 256, 8192) - none, 256 * row);
+    let parts = 256 * 64 * 65 * 66 * 4;
+    assert_eq!(scratch_bytes_card(&config, 256, 0, 8192) - none, 256 * row + parts);
+}
+
+#[test]
+fn the_budget_is_a_share_of_the_card_with_a_bound() {
+    for (asked, card, expected) in [
+        (0, 10 * GIB, 9 * GIB),
+        (0, 24 * GIB, 24 * GIB / 10 * 9),
+        (0, 80 * GIB, 22 * GIB),
+        (70 * GIB, 80 * GIB, 70 * GIB),
+        (90 * GIB, 80 * GIB, 80 * GIB),
+    ] {
+        assert_eq!(card_budget(Bytes(asked), Bytes(card)), Bytes(expected), "{asked} of {card}");
+    }
+}
+
+#[test]
+fn each_rung_gives_up_one_thing_more() {
+    let words = |plan: &CardPlan| plan.given_up.iter().map(GivenUp::to_string).collect::<Vec<_>>();
+    // Everything, the embedding included.
+    let plan = nf4(0, 8, 500).expect("fits");
+    assert_eq!((words(&plan), plan.swap), (vec![], Bytes(0)));
+    assert!(plan.is_embedding_on_card);
+    assert_eq!(plan.full_blocks, 8 * 4096);
+    // Less than a whole pool: the embedding, and room to make room.
+    let plan = nf4(0, 8, 220).expect("fits");
+    assert_eq!(words(&plan), ["the embedding stays in host memory"]);
+    assert_eq!((plan.context_tokens, plan.step_tokens, plan.sequences), (131_072, 2048, 8));
+    assert!((4096..8 * 4096).contains(&plan.full_blocks), "{}", plan.full_blocks);
+    assert!(plan.swap.0 > 0);
+    // Smaller steps keep the context.
+    let plan = nf4(0, 8, 147).expect("fits");
+    assert_eq!(words(&plan), ["the embedding stays in host memory", "prompts in steps of 1024 tokens instead of 2048"]);
+    // Many sequences need room for their attention's parts.
+    let plan = nf4(0, 64, 147).expect("fits");
+    assert_eq!(plan.given_up.get(2), Some(&GivenUp::Sequences { from: 64, to: 8 }), "{:?}", plan.given_up);
+    // An open context shrinks.
+    let plan = nf4(0, 8, 130).expect("fits");
+    assert_eq!(plan.context_given_up, Some(131_072));
+    assert!((32_768..131_072).contains(&plan.context_tokens), "{}", plan.context_tokens);
+    assert_eq!(plan.context_tokens % CONTEXT_STEP, 0);
+    assert_eq!((plan.step_tokens, plan.host_layers.contains(&true)), (2048, false));
+    // Experts go, the last layers first, as few as needed.
+    let plan = nf4(0, 8, 108).expect("fits");
+    let moved = plan.host_layers.iter().filter(|is_host| **is_host).count();
+    assert!((1..4).contains(&moved), "{moved}");
+    assert!(plan.host_layers.is_sorted(), "the last ones: {:?}", plan.host_layers);
+    assert!(plan.context_tokens >= 8192);
+    let bytes = Bytes(sizes_of(&config("20b"), Some(Quantization::Nf4)).layers[0].experts * moved as u64);
+    assert_eq!(plan.given_up.last(), Some(&GivenUp::ExpertsOnHost { layers: moved as u32, of: 24, bytes }));
+}
+
+/// The multiple that a chosen context has.
+const CONTEXT_STEP: u32 = 1024;
+
+#[test]
+fn a_context_that_was_asked_for_moves_experts_instead() {
+    for budget in [72, 100, 108, 120, 130] {
+        let plan = nf4(131_072, 8, budget).expect("experts move");
+        assert_eq!((plan.context_tokens, plan.context_given_up), (131_072, None), "{budget}");
+        assert!(plan.host_layers.contains(&true), "{budget}");
+    }
+    assert!(!nf4(131_072, 8, 147).expect("fits").host_layers.contains(&true));
+}
+
+#[test]
+fn what_does_not_fit_says_what_would() {
+    let error = nf4(131_072, 8, 50).expect_err("keys and values alone take three GiB");
+    let PlanError::CardTooSmall { context: 131_072, fits, needed, .. } = error else { panic!("{error}") };
+    assert!(error.to_string().contains(&format!("set context_tokens to at most {fits}")), "{error}");
+    let plan = nf4(fits, 8, 50).expect("what the error says fits");
+    assert_eq!((plan.context_tokens, plan.sequences), (fits, 1));
+    let tenths = needed.0 * 10 / GIB;
+    assert!(nf4(131_072, 1, tenths).is_err() && nf4(131_072, 1, tenths + 1).is_ok(), "{needed}");
+
+    let error = nf4(0, 8, 10).expect_err("no room for anything");
+    assert!(matches!(error, PlanError::CardTooSmall { fits: 0, .. }), "{error}");
+    assert!(error.to_string().ends_with("give the device more memory, or compute on the processor"), "{error}");
+}
+
+#[test]
+fn the_host_must_hold_what_the_card_does_not() {
+    let config = config("120b");
+    let sizes = sizes_of(&config, Some(Quantization::Mxfp4));
+    let plan = |host: u64| {
+        let limits = CardLimits { budget: Bytes(22 * GIB), host_available: Bytes(host) };
+        plan_card(&config, &sizes, &asked(0, 8), KvType::Bf16, limits)
+    };
+    let PlanError::HostTooSmall { needed, .. } = plan(32 * GIB).expect_err("most of 57 GiB stays") else { panic!() };
+    assert!(plan(needed.0 - 1).is_err());
+    let at = plan(needed.0).expect("the error said so");
+    assert_eq!((at.weights_host, at.swap), (needed, Bytes(0)));
+}
+
+#[test]
+fn bounds_of_the_context_are_the_models() {
+    assert!(nf4(131_072, 1, 220).is_ok());
+    let error = nf4(131_073, 1, 220).expect_err("beyond the model");
+    assert_eq!(error, PlanError::ContextBeyondModel { asked: 131_073, model: 131_072 });
+}
+
+#[test]
+fn a_tied_head_stays_where_it_is() {
+    let config = Config { has_tied_embeddings: true, ..config("20b") };
+    let sizes = sizes_of(&config, Some(Quantization::Nf4));
+    assert_eq!((sizes.embedding, sizes.is_tied), (0, true));
+    let limits = CardLimits { budget: Bytes(8 * GIB), host_available: Bytes(16 * GIB) };
+    let plan = plan_card(&config, &sizes, &asked(0, 8), KvType::Bf16, limits).expect("fits");
+    assert!(plan.is_embedding_on_card && !plan.given_up.contains(&GivenUp::EmbeddingOnHost));
+    check_sums(&plan, &sizes, limits);
+}
+
+#[test]
+fn a_cache_of_a_given_size_is_not_passed() {
+    let config = config("20b");
+    let sizes = sizes_of(&config, Some(Quantization::Nf4));
+    let limits = CardLimits { budget: Bytes(22 * GIB), host_available: Bytes(64 * GIB) };
+    let plan = |context, kv_bytes| {
+        let asked = LoadPlan { kv_bytes: Bytes(kv_bytes), ..asked(context, 8) };
+        plan_card(&config, &sizes, &asked, KvType::Bf16, limits)
+    };
+    let kv = GIB + 12_345;
+    let open = plan(0, kv).expect("a smaller context fits");
+    assert!(open.kv.0 <= kv && open.context_given_up == Some(131_072), "{open:?}");
+    let PlanError::ContextTooLarge { fits, .. } = plan(131_072, kv).expect_err("3 GiB") else { panic!() };
+    assert_eq!(plan(fits, kv).expect("what the error says fits").context_tokens, fits);
+}
+
+#[test]
+fn eight_bits_hold_nearly_twice_the_tokens() {
+    let config = config("20b");
+    let sizes = sizes_of(&config, Some(Quantization::Nf4));
+    let limits = CardLimits { budget: Bytes(22 * GIB), host_available: Bytes(64 * GIB) };
+    let blocks = |kv_type| plan_card(&config, &sizes, &asked(0, 8), kv_type, limits).expect("fits").full_blocks;
+    let ratio = f64::from(blocks(KvType::Int8)) / f64::from(blocks(KvType::Bf16));
+    assert!((1.88..1.9).contains(&ratio), "68 bytes instead of 128 for a head: {ratio}");
+}
+
+#[test]
+fn no_plan_passes_its_limits() {
+    for (name, form) in [("20b", Some(Quantization::Nf4)), ("20b", None), ("120b", Some(Quantization::Mxfp4))] {
+        let config = config(name);
+        let sizes = sizes_of(&config, form);
+        for tenths in (5..900).step_by(13) {
+            for context in [0, 100, 8192, 50_000, 131_072] {
+                for (sequences, kv_type) in [(1, KvType::Bf16), (8, KvType::Int8), (64, KvType::Bf16)] {
+                    let limits = CardLimits { budget: Bytes(tenths * GIB / 10), host_available: Bytes(40 * GIB) };
+                    match plan_card(&config, &sizes, &asked(context, sequences), kv_type, limits) {
+                        Ok(plan) => {
+                            check_sums(&plan, &sizes, limits);
+                            assert!(context == 0 || plan.context_tokens == context, "{plan:?}");
+                        }
+                        Err(PlanError::CardTooSmall { needed, budget, .. }) => assert!(needed > budget),
+                        Err(PlanError::HostTooSmall { needed, available, .. }) => assert!(needed > available),
+                        Err(other) => panic!("{other}"),
+                    }
+                }
+            }
+        }
+    }
+}
