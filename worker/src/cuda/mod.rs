@@ -1,1 +1,376 @@
-//! The worker on NVIDIA cards, through the driver alone: libcuda is opened at run time and nothing of CUDA is linked.
+//! The model on an NVIDIA card, through the driver alone: libcuda is opened at run time and nothing of CUDA is linked.
+//!
+//! From the top: `load` plans the card's memory, brings the weights there and makes everything that steps need; `pass`
+//! computes the tokens of one role; `kernels` knows how each kernel is launched, `weights` what lies where, `driver` and
+//! `transfer` the driver. Owns: keys and values on the card, and all that a step works in, made once from the plan.
+//! Refuses: to allocate while it computes (recorded graphs excepted), and to go on after an error of the driver.
+//!
+//! A token's arithmetic follows from its role and position. Generated tokens go through kernels whose sums are the same
+//! alone and among others; those of prompts through kernels for many tokens, whose sums do not depend on the chunks. A step
+//! with both computes them one after the other, and waits for the card once for each.
+
+pub mod driver;
+mod host_experts;
+pub mod images;
+mod kernels;
+mod pass;
+pub mod swap;
+mod tables;
+mod transfer;
+mod upload;
+mod weights;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bulkhead_shared::message::LoadPlan;
+use bulkhead_shared::units::Bytes;
+
+use self::driver::Card;
+use self::host_experts::HostExperts;
+use self::kernels::Kernels;
+use self::pass::{Graphs, Pass};
+use self::swap::{SwapSpace, SwappedBlocks};
+use self::tables::{BlockTables, InputPlaces, Inputs};
+use self::transfer::{HostBuffer, Memory};
+use self::weights::{CardWeights, Places, Planned};
+use crate::device::DeviceError;
+use crate::engine::backend::{Backend, StepTokens};
+use crate::engine::pager::{BLOCK_TOKENS, Blocks, Kind, KvShape, Pager};
+use crate::loader::{LoadError, Loaded};
+use crate::memory::card::{self, CardLimits, CardPlan, KvType, LayerSizes, WeightSizes};
+use crate::memory::scratch::{Scratch, StepSize};
+use crate::memory::available_memory;
+use crate::model::batch::{Batch, Outcome, Role, Wanted};
+use crate::model::config::Config;
+use crate::model::rope::RopeTable;
+use crate::model::weights::Weights;
+use crate::quant::Matrix;
+use crate::quant::cpu::Cpu;
+
+/// Host memory taken for granted where the system does not say how much is free.
+const AVAILABLE_DEFAULT: Bytes = Bytes(4 << 30);
+
+/// A model on a card with everything that its steps need.
+pub struct CardModel {
+    card: Card,
+    config: Config,
+    cpu: Cpu,
+    rope: RopeTable,
+    kernels: Kernels,
+    weights: CardWeights,
+    /// The embedding, where the host gathers its rows.
+    embedding: Option<Matrix>,
+    host_experts: HostExperts,
+    pager: Pager,
+    kv_type: KvType,
+    pools: [Pool; 2],
+    step_tokens: StepTokens,
+    scratch: Scratch,
+    scratch_memory: Memory,
+    generated: Inputs,
+    prompt: Inputs,
+    /// Rows of the embedding on their way, then results of experts that the host computed.
+    rows: HostBuffer,
+    results: Results,
+    graphs: Graphs,
+    swap: SwapSpace,
+    progress: Arc<AtomicU64>,
+    weight_bytes_read: u64,
+}
+
+impl fmt::Debug for CardModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CardModel").field("card", self.card.facts()).finish_non_exhaustive()
+    }
+}
+
+/// Keys and values of the layers of one kind.
+#[derive(Debug)]
+struct Pool {
+    memory: Memory,
+    tables: BlockTables,
+    layers: u32,
+    block_bytes: u64,
+}
+
+/// What comes back from a pass.
+#[derive(Debug)]
+struct Results {
+    /// [outputs] of two u32, then [layers] u32: groups of experts.
+    chosen: HostBuffer,
+    /// [outputs, vocabulary] f32.
+    logits: HostBuffer,
+}
+
+/// Loads a model onto a card.
+///
+/// # Errors
+/// `Plan` where it does not fit, `Device` for what the driver says.
+pub fn load(
+    index: u32,
+    config: Config,
+    weights: Weights,
+    cpu: Cpu,
+    plan: &LoadPlan,
+    progress: &mut dyn FnMut(u64, u64, &str),
+) -> Result<(Backend, Loaded), LoadError> {
+    let card = Card::open(index)?;
+    let sizes = sizes_of_loaded(&weights);
+    let limits = CardLimits {
+        budget: card::card_budget(plan.device_budget, card.facts().memory),
+        host_available: available_memory().unwrap_or(AVAILABLE_DEFAULT),
+    };
+    let planned = card::plan_card(&config, &sizes, plan, plan.kv_type, limits)?;
+    let model = CardModel::make(card, config, weights, cpu, &planned, progress)?;
+    let facts = planned.facts(&model.config, model.describe(), model.format);
+    let given_up = facts.given_up.clone();
+    Ok((Backend::Cuda(Box::new(model)), Loaded { facts, sequences: planned.sequences, given_up }))
+}
+
+/// Sizes the parts of a model as the card will hold them.
+fn sizes_of_loaded(weights: &Weights) -> WeightSizes {
+    let linear = |linear: &crate::model::weights::Linear| {
+        linear.weight.stored_bytes() as u64 + linear.bias.as_deref().map_or(0, size_of_val) as u64
+    };
+    let layers = weights.layers.iter().map(|layer| {
+        let attention = &layer.attention;
+        let linears = [&attention.q, &attention.k, &attention.v, &attention.o, &layer.router];
+        let floats = layer.attention_norm.len() + layer.mlp_norm.len() + attention.sinks.len();
+        let experts = layer.experts.iter().flat_map(|expert| [&expert.gate_up, &expert.down]);
+        LayerSizes {
+            attention: linears.into_iter().map(linear).sum::<u64>() + 4 * floats as u64,
+            experts: experts.map(linear).sum(),
+        }
+    });
+    let same_bytes = |a: &Matrix, b: &Matrix| match (a, b) {
+        (Matrix::Dense(a), Matrix::Dense(b)) => std::ptr::eq(a.region().bytes(), b.region().bytes()),
+        _ => false,
+    };
+    let is_tied = same_bytes(&weights.embedding, &weights.lm_head);
+    WeightSizes {
+        embedding: if is_tied { 0 } else { weights.embedding.stored_bytes() as u64 },
+        lm_head: weights.lm_head.stored_bytes() as u64 + 4 * weights.final_norm.len() as u64,
+        layers: layers.collect(),
+        is_tied,
+    }
+}
+
+impl CardModel {
+    /// Brings the weights to the card and makes what steps need, as planned.
+    fn make(
+        card: Card,
+        config: Config,
+        weights: Weights,
+        cpu: Cpu,
+        planned: &CardPlan,
+        progress: &mut dyn FnMut(u64, u64, &str),
+    ) -> Result<CardModel, DeviceError> {
+        let is_tied = planned.is_embedding_on_card && config.has_tied_embeddings;
+        let places = Places {
+            host_experts: planned.host_layers.clone(),
+            is_embedding_on_card: planned.is_embedding_on_card && !is_tied,
+        };
+        let layout = Planned::new(&config, &weights, &places)?;
+        let kv_name = match planned.kv_type {
+            KvType::Bf16 => "bf16",
+            KvType::Int8 => "int8",
+        };
+        let kernels = Kernels::load(&card, &layout.forms(), kv_name)?;
+        let on_card = layout.bring(&card, &mut |done, total| progress(done, total, "weights to the card"))?;
+        let step_tokens = planned.step();
+        let size = StepSize {
+            generated_rows: step_tokens.generated,
+            prompt_rows: step_tokens.prompt,
+            context_tokens: planned.context_tokens,
+        };
+        let scratch = Scratch::new(&config, size);
+        let scratch_memory = Memory::take(&card, scratch.bytes.0, "the buffers of a step")?;
+        let shape = KvShape::of(&config);
+        let pager = Pager::new(shape.clone(), planned.full_blocks, planned.sequences, step_tokens.sum());
+        let strides = [
+            planned.context_tokens.div_ceil(BLOCK_TOKENS),
+            shape.window_blocks(1, step_tokens.of_sequence()).min(pager.pool_blocks(Kind::Window)),
+        ];
+        let pool = |kind: Kind| Pool::take(&card, kind, &pager, planned, strides[kind as usize]);
+        let pools = [pool(Kind::Full)?, pool(Kind::Window)?];
+        let inputs = |rows: u32| {
+            let (rows, outputs) = (rows as usize, step_tokens.generated as usize);
+            Inputs::take(&card, InputPlaces::new(rows, outputs, config.head_dim / 2, rows))
+        };
+        let (generated, prompt) = (inputs(step_tokens.generated)?, inputs(step_tokens.prompt)?);
+        let outputs = step_tokens.generated as usize;
+        let rows = step_tokens.of_sequence() as usize;
+        let mut model = CardModel {
+            rows: HostBuffer::take(&card, rows * config.hidden_size * size_of::<f32>())?,
+            results: Results {
+                chosen: HostBuffer::take(&card, outputs * 8 + config.layers.len() * 4)?,
+                logits: HostBuffer::take(&card, outputs * config.vocab_size * size_of::<f32>())?,
+            },
+            swap: SwapSpace::take(&card, usize::try_from(planned.swap.0).unwrap_or(0))?,
+            embedding: on_card.embedding.is_none().then(|| weights.embedding.clone()),
+            host_experts: HostExperts::new(&config, &weights, &places.host_experts),
+            rope: RopeTable::new(&config.rope),
+            graphs: Graphs::default(),
+            progress: Arc::default(),
+            weight_bytes_read: 0,
+            kv_type: planned.kv_type,
+            weights: on_card,
+            config,
+            cpu,
+            kernels,
+            pager,
+            pools,
+            step_tokens,
+            scratch,
+            scratch_memory,
+            generated,
+            prompt,
+            card,
+        };
+        model.warm_up()?;
+        Ok(model)
+    }
+
+    /// Computes one token of either role, so that the first request finds every kernel loaded and one graph recorded.
+    fn warm_up(&mut self) -> Result<(), DeviceError> {
+        for role in [Role::Prompt, Role::Generated] {
+            let mut blocks = Blocks::default();
+            self.pager.reserve(&mut blocks, 1).expect("an empty cache has a block");
+            let row = crate::model::batch::Row { sequence: 0, position: 0, token: 0, role };
+            let batch = Batch { rows: vec![row], blocks: vec![&blocks], outputs: vec![0] };
+            self.forward(&batch, &[Wanted::Token { temperature: 0.0, seed: 0, position: 1 }])?;
+            self.pager.release(&mut blocks);
+        }
+        Ok(())
+    }
+
+    /// Gives the model's configuration.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Gives the books of the cache.
+    pub fn pager(&mut self) -> &mut Pager {
+        &mut self.pager
+    }
+
+    /// Gives the largest step.
+    #[must_use]
+    pub fn step_tokens(&self) -> StepTokens {
+        self.step_tokens
+    }
+
+    /// Gives the counter of layers computed so far.
+    #[must_use]
+    pub fn progress(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.progress)
+    }
+
+    /// Describes the card, for people: `cuda:0 (NVIDIA H100 80GB HBM3)`.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let facts = self.card.facts();
+        let on_host = self.host_experts.layers();
+        let rest = if on_host > 0 { format!(", experts of {on_host} layers on the {}", self.cpu.describe()) } else { String::new() };
+        format!("cuda:{} ({}{rest})", facts.index, facts.name)
+    }
+
+    /// Gives the card.
+    #[must_use]
+    pub fn card(&self) -> &Card {
+        &self.card
+    }
+
+    /// Gives the bytes of weights that steps have read so far.
+    #[must_use]
+    pub fn weight_bytes_read(&self) -> u64 {
+        self.weight_bytes_read + self.cpu.bytes_read()
+    }
+
+    /// Computes a batch; see `Backend::forward`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn forward(&mut self, batch: &Batch<'_>, wanted: &[Wanted]) -> Result<Vec<Outcome>, DeviceError> {
+        self.card.enter()?;
+        for pool in &mut self.pools {
+            pool.tables.update(&batch.blocks)?;
+        }
+        let mut outcomes: Vec<Option<Outcome>> = vec![None; wanted.len()];
+        for role in [Role::Generated, Role::Prompt] {
+            let pass = Pass::of(batch, wanted, role);
+            if pass.rows.is_empty() {
+                continue;
+            }
+            for (place, outcome) in self.run_pass(&pass)? {
+                outcomes[place] = Some(outcome);
+            }
+            self.progress.fetch_add(self.config.layers.len() as u64, Ordering::Relaxed);
+        }
+        Ok(outcomes.into_iter().map(|outcome| outcome.expect("every output row is of one role")).collect())
+    }
+
+    /// Copies a sequence's keys and values to host memory; `None` where there is no room for them.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn swap_out(&mut self, blocks: &Blocks) -> Result<Option<SwappedBlocks>, DeviceError> {
+        self.card.enter()?;
+        let held = blocks.count();
+        let [full, window] = &self.pools;
+        let bytes = u64::from(held.full) * full.block_bytes + u64::from(held.window) * window.block_bytes;
+        let Some(swapped) = self.swap.reserve(held, bytes as usize) else { return Ok(None) };
+        self.each_block(blocks, swapped.range.start, |pool, block, at| {
+            pool.memory.copy_out(u64::from(block) * pool.block_bytes, &self.swap.buffer, at, pool.block_bytes as usize)
+        })?;
+        self.card.wait()?;
+        Ok(Some(swapped))
+    }
+
+    /// Copies a sequence's keys and values back into blocks of the cache; `None` while it has too few, some spare ones for
+    /// the sequences that go on included.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn swap_in(&mut self, swapped: &SwappedBlocks) -> Result<Option<Blocks>, DeviceError> {
+        self.card.enter()?;
+        let Ok(blocks) = self.pager.restore(swapped.held) else { return Ok(None) };
+        self.each_block(&blocks, swapped.range.start, |pool, block, at| {
+            pool.memory.copy_in(u64::from(block) * pool.block_bytes, &self.swap.buffer, at, pool.block_bytes as usize)
+        })?;
+        self.card.wait()?;
+        Ok(Some(blocks))
+    }
+
+    /// Calls `copy` for each block with its place in host memory, one behind the other.
+    fn each_block(
+        &self,
+        blocks: &Blocks,
+        start: usize,
+        copy: impl Fn(&Pool, u32, usize) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let mut at = start;
+        for (pool, kind) in self.pools.iter().zip([Kind::Full, Kind::Window]) {
+            for block in blocks.table(kind).held() {
+                copy(pool, block, at)?;
+                at += pool.block_bytes as usize;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Pool {
+    fn take(card: &Card, kind: Kind, pager: &Pager, planned: &CardPlan, stride: u32) -> Result<Pool, DeviceError> {
+        let layers = pager.shape().layers(kind) as u32;
+        let block_bytes = u64::from(layers) * card::layer_block_bytes(pager.shape(), planned.kv_type);
+        let memory = Memory::take(card, u64::from(pager.pool_blocks(kind)) * block_bytes, "keys and values")?;
+        // What was never written is read where a tile of keys ends within a block, and must be numbers.
+        memory.clear()?;
+        let tables = BlockTables::take(card, kind, planned.sequences as usize, stride as usize)?;
+        Ok(Pool { memory, tables, layers, block_bytes })
+    }
+}

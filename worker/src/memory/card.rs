@@ -24,6 +24,7 @@ use bulkhead_shared::units::Bytes;
 
 use self::planner::Planner;
 use super::PlanError;
+use super::scratch::{Scratch, StepSize};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::engine::backend::StepTokens;
 use crate::engine::pager::{BLOCK_TOKENS, KvShape};
@@ -34,16 +35,6 @@ pub const GENERATED_ROWS_MAX: u32 = 64;
 
 /// Generated tokens that a step has room for, at least: a sequence that is replayed brings several at once.
 const GENERATED_ROWS_MIN: u32 = 8;
-
-/// Keys of one part of a generated token's attention.
-const CUT_TOKENS: u32 = 128;
-
-/// Logits of one part of the choice of a token, and the bytes that it leaves.
-const CHOICE_TOKENS: u64 = 1024;
-const CHOICE_BYTES: u64 = 24;
-
-/// Every buffer starts at a multiple of this.
-const BUFFER_ALIGN: u64 = 256;
 
 /// What the driver takes for its context (measured: 518 MiB), the modules and the recorded graphs.
 const RESERVE: Bytes = Bytes(600 << 20);
@@ -233,33 +224,10 @@ pub fn layer_block_bytes(shape: &KvShape, kv_type: KvType) -> u64 {
     2 * shape.kv_heads as u64 * u64::from(BLOCK_TOKENS) * element_bytes
 }
 
-/// Gives the bytes of the buffers of a step with so many rows of either kind, each buffer as long as whole alignments.
+/// Gives the bytes of the buffers of a step of so many rows of either role.
 #[must_use]
 pub fn scratch_bytes_card(config: &Config, generated_rows: u32, prompt_rows: u32, context_tokens: u32) -> u64 {
-    let (generated, rows) = (u64::from(generated_rows), u64::from(generated_rows) + u64::from(prompt_rows));
-    let (hidden, heads, dim) = (config.hidden_size as u64, config.heads as u64, config.head_dim as u64);
-    let (used, vocabulary) = (config.experts_per_token as u64, config.vocab_size as u64);
-    let projected = (heads + 2 * config.kv_heads as u64) * dim;
-    let cuts = u64::from(context_tokens.div_ceil(CUT_TOKENS)) + 1;
-    let outputs = u64::from(GENERATED_ROWS_MAX);
-    let buffers = [
-        F32 * rows * hidden,                                         // the residual stream
-        BF16 * rows * hidden,                                        // normalised, for products on tensor cores
-        F32 * rows * hidden,                                         // normalised, for the others
-        F32 * rows * projected,                                      // queries, keys and values
-        BF16 * rows * heads * dim,                                   // attended
-        F32 * rows * hidden,                                         // the attention's result
-        F32 * rows * config.experts as u64,                          // the router's logits
-        F32 * rows * used,                                           // the experts chosen,
-        F32 * rows * used,                                           // their weights
-        F32 * rows * used,                                           // and their places in the order by expert
-        BF16 * rows * used * config.intermediate_size as u64,        // between an expert's matrices
-        F32 * rows * used * hidden,                                  // results of experts
-        F32 * generated * heads * cuts * (dim + 2),                  // parts of the attention of generated tokens
-        F32 * outputs * vocabulary,                                  // logits
-        CHOICE_BYTES * outputs * vocabulary.div_ceil(CHOICE_TOKENS), // parts of the choice of a token
-    ];
-    buffers.iter().map(|bytes| bytes.next_multiple_of(BUFFER_ALIGN)).sum()
+    Scratch::new(config, StepSize { generated_rows, prompt_rows, context_tokens }).bytes.0
 }
 
 /// Gives the sizes of a model's weights from its configuration alone. `None`: all in bf16.

@@ -1,4 +1,4 @@
-//! What a step works in: one allocation, its parts laid out before it is taken.
+//! What a step works in on a card: one allocation, its parts laid out before it is taken.
 //!
 //! Owns: sizes and places of activations. The two roles of a step's tokens are computed one after the other and share the
 //! parts. Pure.
@@ -9,9 +9,6 @@ use crate::model::config::Config;
 
 /// Every part begins at a multiple of this. Units: bytes.
 const ALIGNMENT: u64 = 256;
-
-/// Generated tokens of one step.
-pub const GENERATED_ROWS_MAX: u32 = 64;
 
 /// Room for the results of attention's cuts, unless one row needs more. Units: bytes.
 const PARTIAL_BYTES: u64 = 64 << 20;
@@ -26,10 +23,10 @@ const CHOICE_BYTES: u64 = 24;
 /// How large a step may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepSize {
+    /// Generated tokens, and rows of which a token or logits are wanted at once.
+    pub generated_rows: u32,
     /// Tokens of prompts.
     pub prompt_rows: u32,
-    /// Rows of which a token or logits are wanted at once.
-    pub outputs: u32,
     /// Tokens that a sequence may have.
     pub context_tokens: u32,
 }
@@ -95,13 +92,14 @@ impl Scratch {
             bytes = (at + elements * element_bytes).next_multiple_of(ALIGNMENT);
             at
         };
-        let (rows, outputs) = (u64::from(size.prompt_rows.max(GENERATED_ROWS_MAX)), u64::from(size.outputs));
+        let outputs = u64::from(size.generated_rows);
+        let rows = outputs.max(u64::from(size.prompt_rows));
         let (hidden, used) = (config.hidden_size as u64, config.experts_per_token as u64);
         let (heads, dim) = (config.heads as u64, config.head_dim as u64);
         let (experts, vocabulary) = (config.experts as u64, config.vocab_size as u64);
         let cuts_max = size.context_tokens.div_ceil(CUT_TOKENS) + 1;
         let partial_row = Scratch::partial_row_bytes(config, cuts_max);
-        let partial = PARTIAL_BYTES.min(partial_row * u64::from(GENERATED_ROWS_MAX)).max(partial_row);
+        let partial = PARTIAL_BYTES.min(partial_row * outputs).max(partial_row);
         Scratch {
             embedded: part(rows * hidden, 2),
             x: part(rows * hidden, 4),

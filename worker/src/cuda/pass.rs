@@ -1,0 +1,485 @@
+//! The computation of a step's tokens of one role, from ids to outcomes.
+//!
+//! Owns: the order of kernels, and the recorded graphs of generated tokens. A pass is one run of kernels where every expert
+//! is on the card, and else a run up to each layer whose experts the host computes. Invariant: whatever a pass reads of the
+//! host was written before its first kernel, and is left alone until the card is done.
+
+use std::collections::HashMap;
+
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
+use super::CardModel;
+use super::driver::Graph;
+use super::kernels::{AddNorm, Attention, Cache, Change, Choice, Groups, Heads, ProductTokens};
+use super::tables::Inputs;
+use super::weights::{CardLayer, Product};
+use crate::device::DeviceError;
+use crate::engine::pager::{Kind, Span};
+use crate::memory::scratch::{cuts_of, cuts_of_window};
+use crate::model::batch::{Batch, Outcome, Role, Row, Wanted};
+use crate::quant::{FloatType, Matrix};
+
+/// Graphs that are kept. Each is for one number of tokens and one bound of the context.
+const GRAPHS_MAX: usize = 96;
+
+/// Generated tokens whose experts are computed in one go.
+const EXPERT_TOKENS_MAX: u32 = 16;
+
+/// What the recorded runs of kernels of one kind of pass are, by tokens and cuts of the context.
+#[derive(Debug, Default)]
+pub(super) struct Graphs {
+    recorded: HashMap<(u32, u32), Vec<Graph>>,
+}
+
+/// The tokens of one role.
+#[derive(Debug)]
+pub(super) struct Pass {
+    role: Role,
+    /// The tokens.
+    pub(super) rows: Vec<Row>,
+    /// What is wanted: the row within this pass, the place among the batch's outputs, and what.
+    outputs: Vec<(u32, usize, Wanted)>,
+}
+
+/// What is fixed while kernels are put on the stream.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    role: Role,
+    rows: u32,
+    outputs: u32,
+    /// Cuts of a whole context.
+    cuts: u32,
+}
+
+/// Where a run of kernels ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    /// Before the experts of a layer that the host has.
+    Host(usize),
+    /// Behind the last layer.
+    Layers,
+}
+
+impl Pass {
+    /// Picks the tokens of a role.
+    pub(super) fn of(batch: &Batch<'_>, wanted: &[Wanted], role: Role) -> Pass {
+        let mut pass = Pass { role, rows: Vec::new(), outputs: Vec::new() };
+        let mut outputs = batch.outputs.iter().zip(wanted).enumerate().peekable();
+        for (index, row) in batch.rows.iter().enumerate() {
+            let output = outputs.next_if(|(_, (output, _))| **output == index);
+            if row.role != role {
+                continue;
+            }
+            if let Some((place, (_, wanted))) = output {
+                pass.outputs.push((pass.rows.len() as u32, place, *wanted));
+            }
+            pass.rows.push(*row);
+        }
+        pass
+    }
+}
+
+impl CardModel {
+    /// Computes a pass and gives each output's outcome with its place.
+    pub(super) fn run_pass(&mut self, pass: &Pass) -> Result<Vec<(usize, Outcome)>, DeviceError> {
+        let (rows, capacity) = (pass.rows.len() as u32, self.step_tokens.generated);
+        let last = pass.rows.iter().map(|row| row.position).max().unwrap_or(0);
+        let cuts = cuts_of(last, self.scratch.cuts_max);
+        let shape = |outputs| Shape { role: pass.role, rows, outputs, cuts };
+        self.write_rows(pass);
+        let mut chunks = pass.outputs.chunks(capacity as usize);
+        let first = chunks.next().unwrap_or(&[]);
+        self.write_outputs(pass.role, first);
+        let whole = shape(first.len() as u32);
+        let can_record = self.rows.is_pinned() && self.results.chosen.is_pinned();
+        if pass.role == Role::Generated && whole.outputs == rows && can_record {
+            self.run_recorded(whole)?;
+        } else {
+            self.run_layers(whole)?;
+            self.head(whole)?;
+        }
+        let mut outcomes = self.collect(first)?;
+        self.count_bytes(whole);
+        for chunk in chunks {
+            let part = shape(chunk.len() as u32);
+            self.write_outputs(pass.role, chunk);
+            self.inputs(pass.role).send()?;
+            self.head(part)?;
+            outcomes.extend(self.collect(chunk)?);
+        }
+        Ok(outcomes)
+    }
+
+    fn inputs(&self, role: Role) -> &Inputs {
+        match role {
+            Role::Generated => &self.generated,
+            Role::Prompt => &self.prompt,
+        }
+    }
+
+    /// Writes what concerns the tokens: places, angles, and rows of the embedding that the host gathers.
+    fn write_rows(&mut self, pass: &Pass) {
+        let half = self.config.head_dim / 2;
+        let mut angles = vec![0.0; pass.rows.len() * 2 * half];
+        let rope = &self.rope;
+        self.cpu.for_each_chunk(&mut angles, 2 * half, |row, angles| {
+            let (cosines, sines) = angles.split_at_mut(half);
+            rope.write(pass.rows[row].position as usize, cosines, sines);
+        });
+        let (mut cosines, mut sines) = (Vec::new(), Vec::new());
+        for row in angles.chunks_exact(2 * half) {
+            cosines.extend_from_slice(&row[..half]);
+            sines.extend_from_slice(&row[half..]);
+        }
+        let numbers = |of: fn(&Row) -> u32| pass.rows.iter().map(of).collect::<Vec<u32>>();
+        let tokens = match &self.embedding {
+            // The host sends the rows themselves: the token of a row is its place among them.
+            Some(embedding) => {
+                let row_bytes = self.config.hidden_size * size_of::<bf16>();
+                for (place, row) in pass.rows.iter().enumerate() {
+                    self.rows.write(place * row_bytes, &embedding_row(embedding, row.token as usize));
+                }
+                (0..pass.rows.len() as u32).collect()
+            }
+            None => numbers(|row| row.token),
+        };
+        let inputs = match pass.role {
+            Role::Generated => &mut self.generated,
+            Role::Prompt => &mut self.prompt,
+        };
+        let places = inputs.places;
+        inputs.write(places.tokens, &tokens);
+        inputs.write(places.sequences, &numbers(|row| row.sequence as u32));
+        inputs.write(places.positions, &numbers(|row| row.position));
+        inputs.write(places.cosines, &cosines);
+        inputs.write(places.sines, &sines);
+    }
+
+    /// Writes what is wanted. Logits are a choice at temperature 0 whose token nobody reads.
+    fn write_outputs(&mut self, role: Role, outputs: &[(u32, usize, Wanted)]) {
+        let mut columns = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (row, _, wanted) in outputs {
+            let (temperature, seed, position) = match *wanted {
+                Wanted::Logits => (0.0, 0, 0),
+                Wanted::Token { temperature, seed, position } => (temperature, seed, position),
+            };
+            columns.0.push(*row);
+            columns.1.push(temperature);
+            columns.2.push(seed);
+            columns.3.push(position);
+        }
+        let inputs = match role {
+            Role::Generated => &mut self.generated,
+            Role::Prompt => &mut self.prompt,
+        };
+        let places = inputs.places;
+        inputs.write::<u32>(places.output_rows, &columns.0);
+        inputs.write::<f32>(places.temperatures, &columns.1);
+        inputs.write::<u64>(places.seeds, &columns.2);
+        inputs.write::<u64>(places.choice_positions, &columns.3);
+    }
+
+    /// Runs the graphs of a pass, which are recorded when they are first needed.
+    fn run_recorded(&mut self, shape: Shape) -> Result<(), DeviceError> {
+        let key = (shape.rows, shape.cuts);
+        if !self.graphs.recorded.contains_key(&key) {
+            if self.graphs.recorded.len() >= GRAPHS_MAX {
+                self.graphs.recorded.clear();
+            }
+            let recorded = match self.record(shape) {
+                // Graphs are the one thing that can be given up for room.
+                Err(DeviceError::OutOfMemory { .. }) if !self.graphs.recorded.is_empty() => {
+                    self.graphs.recorded.clear();
+                    self.record(shape)?
+                }
+                recorded => recorded?,
+            };
+            self.graphs.recorded.insert(key, recorded);
+        }
+        let graphs = self.graphs.recorded.remove(&key).expect("it was recorded");
+        let mut hosts = (0..self.weights.layers.len()).filter(|layer| self.weights.layers[*layer].experts.is_none());
+        for (index, graph) in graphs.iter().enumerate() {
+            graph.launch()?;
+            if index + 1 < graphs.len() {
+                let layer = hosts.next().expect("a graph ends at a layer of the host or at the end");
+                self.card.wait()?;
+                self.host_experts.run(&self.cpu, layer, &mut self.rows, shape.rows as usize);
+            }
+        }
+        self.graphs.recorded.insert(key, graphs);
+        Ok(())
+    }
+
+    fn record(&self, shape: Shape) -> Result<Vec<Graph>, DeviceError> {
+        let mut graphs = Vec::new();
+        let mut start = 0;
+        loop {
+            let mut stop = Stop::Layers;
+            graphs.push(self.card.capture(|| {
+                stop = self.layers(shape, start)?;
+                match stop {
+                    Stop::Host(_) => Ok(()),
+                    Stop::Layers => self.head(shape),
+                }
+            })?);
+            match stop {
+                Stop::Host(layer) => start = layer + 1,
+                Stop::Layers => return Ok(graphs),
+            }
+        }
+    }
+
+    /// Puts the layers of a pass on the stream, with the host's part between.
+    fn run_layers(&mut self, shape: Shape) -> Result<(), DeviceError> {
+        let mut start = 0;
+        while let Stop::Host(layer) = self.layers(shape, start)? {
+            self.card.wait()?;
+            self.host_experts.run(&self.cpu, layer, &mut self.rows, shape.rows as usize);
+            start = layer + 1;
+        }
+        Ok(())
+    }
+
+    fn at(&self, place: u64) -> u64 {
+        self.scratch_memory.at(place)
+    }
+
+    /// Puts layers on the stream, from `start` on: the first with what comes before it, a later one with the change that
+    /// the host computed for the layer before.
+    fn layers(&self, shape: Shape, start: usize) -> Result<Stop, DeviceError> {
+        let row_bytes = self.config.hidden_size * size_of::<f32>();
+        if start == 0 {
+            self.begin(shape)?;
+        } else {
+            self.scratch_memory.copy_in(self.scratch.change, &self.rows, 0, shape.rows as usize * row_bytes)?;
+        }
+        for (index, layer) in self.weights.layers.iter().enumerate().skip(start) {
+            let change = self.change_before(index);
+            let normal = AddNorm { out_f32: 0, ..self.norm(layer.attention_norm) };
+            self.kernels.add_norm(&normal, &change, shape.rows)?;
+            self.attention(shape, index, layer)?;
+            let change = Change { parts: self.at(self.scratch.change), count: 1, weights: 0 };
+            self.kernels.add_norm(&self.norm(layer.mlp_norm), &change, shape.rows)?;
+            if layer.experts.is_none() {
+                let bytes = shape.rows as usize * row_bytes;
+                self.scratch_memory.copy_out(self.scratch.normal_wide, &self.rows, 0, bytes)?;
+                return Ok(Stop::Host(index));
+            }
+            self.mixture(shape, index, layer)?;
+        }
+        Ok(Stop::Layers)
+    }
+
+    /// Brings the inputs to the card and makes the residual stream.
+    fn begin(&self, shape: Shape) -> Result<(), DeviceError> {
+        let inputs = self.inputs(shape.role);
+        inputs.send()?;
+        let (hidden, x) = (self.config.hidden_size as u32, self.at(self.scratch.x));
+        let (table, vocabulary) = match self.weights.embedding {
+            Some(table) => (table, self.config.vocab_size as u32),
+            None => {
+                let bytes = shape.rows as usize * self.config.hidden_size * size_of::<bf16>();
+                self.scratch_memory.copy_in(self.scratch.embedded, &self.rows, 0, bytes)?;
+                (self.at(self.scratch.embedded), shape.rows)
+            }
+        };
+        self.kernels.embed(table, inputs.at(inputs.places.tokens), vocabulary, (x, hidden), shape.rows)
+    }
+
+    /// The change that the layer before has made and not yet added.
+    fn change_before(&self, layer: usize) -> Change {
+        match layer.checked_sub(1).map(|before| &self.weights.layers[before]) {
+            None => Change { parts: 0, count: 0, weights: 0 },
+            Some(CardLayer { experts: None, .. }) => {
+                Change { parts: self.at(self.scratch.change), count: 1, weights: 0 }
+            }
+            Some(CardLayer { experts: Some(experts), .. }) => Change {
+                parts: self.at(self.scratch.results),
+                count: experts.used,
+                weights: self.at(self.scratch.expert_weights),
+            },
+        }
+    }
+
+    fn norm(&self, weight: u64) -> AddNorm {
+        AddNorm {
+            x: self.at(self.scratch.x),
+            rows: 0,
+            weight,
+            epsilon: self.config.norm_eps,
+            hidden: self.config.hidden_size as u32,
+            out_bf16: self.at(self.scratch.normal),
+            out_f32: self.at(self.scratch.normal_wide),
+        }
+    }
+
+    fn product(&self, role: Role, product: &Product, x: u64, out: u64, rows: u32) -> Result<(), DeviceError> {
+        match role {
+            Role::Generated => self.kernels.matvec(product, x, out, rows),
+            Role::Prompt => self.kernels.matmul(product, x, out, rows),
+        }
+    }
+
+    fn attention(&self, shape: Shape, index: usize, layer: &CardLayer) -> Result<(), DeviceError> {
+        let inputs = self.inputs(shape.role);
+        let (qkv, attended) = (self.at(self.scratch.qkv), self.at(self.scratch.attended));
+        self.product(shape.role, &layer.qkv, self.at(self.scratch.normal), qkv, shape.rows)?;
+        let span = self.pager.shape().spans[index];
+        let kind = Kind::of(span);
+        let pool = &self.pools[kind as usize];
+        let (window, cuts) = match span {
+            Span::Full => (0, shape.cuts),
+            Span::Window(window) => (window, cuts_of_window(window).min(self.scratch.cuts_max)),
+        };
+        let cache = Cache {
+            pool: pool.memory.at(0),
+            layers: pool.layers,
+            layer: self.pager.shape().slots()[index] as u32,
+            blocks: pool.tables.blocks(),
+            firsts: pool.tables.firsts(),
+            stride: pool.tables.stride(),
+            sequences: inputs.at(inputs.places.sequences),
+            positions: inputs.at(inputs.places.positions),
+            window,
+        };
+        let number = |count: usize| u32::try_from(count).expect("dimensions are bounded");
+        let attention = Attention {
+            heads: Heads {
+                query: number(self.config.heads),
+                kv: number(self.config.kv_heads),
+                dim: number(self.config.head_dim),
+            },
+            qkv,
+            cosines: inputs.at(inputs.places.cosines),
+            sines: inputs.at(inputs.places.sines),
+            sinks: layer.sinks,
+            partial: self.at(self.scratch.partial),
+            cuts,
+            rows_at_once: self.scratch.rows_at_once(&self.config, cuts),
+            out: attended,
+        };
+        self.kernels.attend(&attention, &cache, shape.rows)?;
+        self.product(shape.role, &layer.o, attended, self.at(self.scratch.change), shape.rows)
+    }
+
+    fn mixture(&self, shape: Shape, index: usize, layer: &CardLayer) -> Result<(), DeviceError> {
+        let experts = layer.experts.as_ref().expect("the card has the experts of this layer");
+        let scratch = &self.scratch;
+        let at_once = match shape.role {
+            Role::Generated => EXPERT_TOKENS_MAX,
+            Role::Prompt => shape.rows,
+        };
+        let (hidden, used) = (u64::from(experts.hidden), u64::from(experts.used));
+        for first in (0..shape.rows).step_by(at_once as usize) {
+            let (count, row) = ((shape.rows - first).min(at_once), u64::from(first));
+            let groups = Groups {
+                count: self.at(scratch.group_counts + index as u64 * 4),
+                experts: self.at(scratch.group_experts),
+                firsts: self.at(scratch.group_firsts),
+                slots: self.at(scratch.slots),
+                chosen: self.at(scratch.chosen_experts + row * used * 4),
+                weights: self.at(scratch.expert_weights + row * used * 4),
+            };
+            let wide = self.at(scratch.normal_wide + row * hidden * 4);
+            self.kernels.route(experts, wide, self.at(scratch.router_logits), &groups, count)?;
+            let inner = self.at(scratch.inner + row * used * self.config.intermediate_size as u64 * 2);
+            let results = self.at(scratch.results + row * used * hidden * 4);
+            let tokens = match shape.role {
+                Role::Generated => ProductTokens::Generated(count),
+                Role::Prompt => ProductTokens::Prompt(count),
+            };
+            self.kernels.experts(experts, &groups, (self.at(scratch.normal + row * hidden * 2), inner, results), tokens)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the output matrix and the choice on the stream, and the copy of what was chosen.
+    fn head(&self, shape: Shape) -> Result<(), DeviceError> {
+        if shape.outputs == 0 {
+            return Ok(());
+        }
+        let (inputs, scratch) = (self.inputs(shape.role), &self.scratch);
+        let head_input = self.at(scratch.head_input);
+        let norm = AddNorm {
+            rows: inputs.at(inputs.places.output_rows),
+            out_bf16: head_input,
+            out_f32: 0,
+            ..self.norm(self.weights.final_norm)
+        };
+        self.kernels.add_norm(&norm, &self.change_before(self.weights.layers.len()), shape.outputs)?;
+        // An output row is alone with the head whatever its role: it is the first generated token that it leads to.
+        self.kernels.matvec(&self.weights.lm_head, head_input, self.at(scratch.logits), shape.outputs)?;
+        let choice = Choice {
+            logits: self.at(scratch.logits),
+            vocabulary: self.config.vocab_size as u32,
+            temperatures: inputs.at(inputs.places.temperatures),
+            seeds: inputs.at(inputs.places.seeds),
+            positions: inputs.at(inputs.places.choice_positions),
+            partials: self.at(scratch.choice_partials),
+            chosen: self.at(scratch.chosen),
+        };
+        self.kernels.choose(&choice, shape.outputs)?;
+        let chosen = &self.results.chosen;
+        self.scratch_memory.copy_out(scratch.chosen, chosen, 0, shape.outputs as usize * 8)?;
+        let counts_at = self.step_tokens.generated as usize * 8;
+        self.scratch_memory.copy_out(scratch.group_counts, chosen, counts_at, self.weights.layers.len() * 4)
+    }
+
+    /// Waits for the card, the step's one wait where no expert is on the host, and reads what came of the outputs.
+    fn collect(&self, outputs: &[(u32, usize, Wanted)]) -> Result<Vec<(usize, Outcome)>, DeviceError> {
+        let row_bytes = self.config.vocab_size * size_of::<f32>();
+        let are_logits = outputs.iter().map(|(_, _, wanted)| *wanted == Wanted::Logits);
+        for (index, _) in are_logits.enumerate().filter(|(_, is_wanted)| *is_wanted) {
+            let at = index * row_bytes;
+            self.scratch_memory.copy_out(self.scratch.logits + at as u64, &self.results.logits, at, row_bytes)?;
+        }
+        self.card.wait()?;
+        let read = |(index, (_, place, wanted)): (usize, &(u32, usize, Wanted))| {
+            let mut chosen = [0u32; 2];
+            self.results.chosen.read(index * 8, &mut chosen);
+            let outcome = match (wanted, chosen) {
+                (Wanted::Logits, _) => {
+                    let mut logits = vec![0.0; self.config.vocab_size];
+                    self.results.logits.read(index * row_bytes, &mut logits);
+                    Outcome::Logits(logits)
+                }
+                (Wanted::Token { .. }, [token, u32::MAX]) => Outcome::Token(token),
+                (Wanted::Token { .. }, [_, broken]) => Outcome::Broken(broken),
+            };
+            (*place, outcome)
+        };
+        Ok(outputs.iter().enumerate().map(read).collect())
+    }
+
+    /// Counts the bytes of weights that a pass has read, from the experts that its tokens chose.
+    fn count_bytes(&mut self, shape: Shape) {
+        let mut groups = vec![0u32; self.weights.layers.len()];
+        self.results.chosen.read(self.step_tokens.generated as usize * 8, &mut groups);
+        let of_layer = |(layer, groups): (&CardLayer, &u32)| {
+            let experts = layer.experts.as_ref().map_or(0, |experts| {
+                let each = (experts.gate_up.bytes + experts.down.bytes) / u64::from(experts.count);
+                experts.router_bytes + each * u64::from(*groups)
+            });
+            layer.qkv.bytes + layer.o.bytes + experts
+        };
+        let layers: u64 = self.weights.layers.iter().zip(&groups).map(of_layer).sum();
+        self.weight_bytes_read += layers + if shape.outputs > 0 { self.weights.lm_head.bytes } else { 0 };
+    }
+}
+
+/// Gives a row of the embedding as 16-bit floats.
+fn embedding_row(embedding: &Matrix, token: usize) -> Vec<u8> {
+    if let Matrix::Dense(dense) = embedding
+        && dense.float_type() == FloatType::Bf16
+        && dense.col_stride() == 1
+    {
+        let bytes = dense.cols() * size_of::<bf16>();
+        return dense.region().bytes()[token * bytes..(token + 1) * bytes].to_vec();
+    }
+    let mut wide = vec![0.0; embedding.cols()];
+    embedding.decode_row(token, &mut wide);
+    let mut narrow = vec![bf16::ZERO; wide.len()];
+    narrow.convert_from_f32_slice(&wide);
+    narrow.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
