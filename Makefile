@@ -6,7 +6,7 @@ PYTHON ?= python3
 FUZZ_SECONDS ?= 120
 MODEL ?= worker/demo-model/checkpoint
 
-.PHONY: help run test bench lint fuzz cuda-check
+.PHONY: help run build-cuda test bench lint fuzz cuda-check
 
 help:
 	@echo 'make run    build and serve the built-in model on http://127.0.0.1:8000 until Ctrl-C'
@@ -15,12 +15,19 @@ help:
 	@echo 'make bench  measure MODEL (now $(MODEL)) beside what the memory of this machine allows'
 	@echo 'make fuzz   run each fuzz target for FUZZ_SECONDS (now $(FUZZ_SECONDS))'
 	@echo 'make cuda-check  compile the CUDA kernels for six architectures (fetches a compiler)'
+	@echo 'make build-cuda  build everything in release mode, bulkhead-worker-cuda too (needs no card; fetches a compiler)'
 
 # The shell becomes the server, so that Ctrl-C and SIGTERM reach it. Not by `cargo run`, which would build the supervisor again
 # with the features that it needs without the worker.
 run:
 	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
 	@exec "$${CARGO_TARGET_DIR:-target}/release/bulkhead" serve
+
+# For machines with an NVIDIA card, made on any machine.
+build-cuda:
+	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
+	@nvcc="$$($(PYTHON) tools/cuda_toolkit.py)" && BULKHEAD_NVCC="$$nvcc" \
+	$(CARGO) build --release --package bulkhead-worker --features cuda --bin bulkhead-worker-cuda
 
 test:
 	@$(PYTHON) tests/run.py

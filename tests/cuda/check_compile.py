@@ -1,56 +1,25 @@
 """Compiles every kernel for every supported card and prints registers and shared memory; a spill is a failure.
 
 Usage: python3 tests/cuda/check_compile.py [--write]. With --write the table in worker/kernels/README.md is renewed;
-without, it is compared. nvcc is taken from CUDA_HOME or PATH, or else from NVIDIA's Python wheels, which are fetched once
-into target/cuda-toolkit (150 MB). No card is needed.
+without, it is compared. tools/cuda_toolkit.py finds or fetches nvcc. No card is needed.
 """
 
-import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from cuda_toolkit import find_nvcc
+
 KERNELS = ROOT / "worker" / "kernels"
 README = KERNELS / "README.md"
-TOOLKIT = ROOT / "target" / "cuda-toolkit"
 SOURCES = ("matvec", "moe", "norm", "decode", "sample")
 ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
-WHEELS = ("nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-nvvm==13.0.88",
-          "nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cccl==13.0.85")
 BEGIN, END = "<!-- registers: begin -->\n", "<!-- registers: end -->\n"
-
-
-def find_nvcc():
-    home = os.environ.get("CUDA_HOME")
-    if home and (pathlib.Path(home) / "bin" / "nvcc").exists():
-        return pathlib.Path(home) / "bin" / "nvcc"
-    if shutil.which("nvcc"):
-        return pathlib.Path(shutil.which("nvcc"))
-    nvcc = TOOLKIT / "nvidia" / "cu13" / "bin" / "nvcc"
-    if not nvcc.exists():
-        fetch_toolkit()
-    return nvcc
-
-
-def fetch_toolkit():
-    wheels = TOOLKIT / "wheels"
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", wheels,
-                    *WHEELS], check=True)
-    for wheel in wheels.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(TOOLKIT)
-    home = TOOLKIT / "nvidia" / "cu13"
-    for folder in (home / "bin", home / "nvvm" / "bin"):
-        for program in folder.iterdir():
-            program.chmod(0o755)
-    if not (home / "lib64").exists():
-        (home / "lib64").symlink_to("lib")
-    shutil.rmtree(wheels)
 
 
 def compile_all(nvcc):

@@ -27,6 +27,9 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Measure how fast a model computes here, and how much of the memory's bandwidth that uses.
     Bench(bench::BenchArgs),
+    /// List the CUDA devices that this worker can use.
+    #[cfg(feature = "cuda")]
+    Devices(crate::cuda::devices::DevicesArgs),
     /// Plan the memory of a model on cards of given sizes, without loading it.
     Plan(plan::PlanArgs),
 }
@@ -37,6 +40,8 @@ pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve => serve(),
         Command::Eval(args) => end_by_hand(eval::run(&args)),
+        #[cfg(feature = "cuda")]
+        Command::Devices(args) => end_by_hand(crate::cuda::devices::run(&args, &mut std::io::stdout())),
         Command::Plan(args) => end_by_hand(plan::run(&args, &mut std::io::stdout())),
         Command::Bench(args) => end_by_hand(bench::run(&args, &mut std::io::stdout())),
     }

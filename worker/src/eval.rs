@@ -266,7 +266,7 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
         kv_bytes: Bytes(0),
         step_delay_ms: 0,
     };
-    let (mut backend, _) = place(config, weights, cpu, &plan)?;
+    let (mut backend, _) = place(config, weights, cpu, &plan, &mut |_, _, _| {})?;
     let mut sequence = Single::new(&mut backend);
     let mut role = Role::Prompt;
     compute(greedy, vocab_size, tokens, |tokens| {

@@ -102,7 +102,7 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
     let defaults = GenerationConfig::open(dir)?;
     let cpu = Cpu::start(plan.threads as usize).map_err(LoadError::Thread)?;
     let weights = weights::load(&checkpoint, &config, Quantize::File, progress)?;
-    let (backend, loaded) = place(config, weights, cpu, plan)?;
+    let (backend, loaded) = place(config, weights, cpu, plan, progress)?;
     Ok(LoadedModel { backend, tokenizer, defaults, loaded })
 }
 
@@ -110,10 +110,16 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
 ///
 /// # Errors
 /// `Plan`, `NoSuchDevice` and `Device`.
-pub fn place(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> Result<(Backend, Loaded), LoadError> {
+pub fn place(
+    config: Config,
+    weights: Weights,
+    cpu: Cpu,
+    plan: &LoadPlan,
+    progress: &mut Progress<'_>,
+) -> Result<(Backend, Loaded), LoadError> {
     match plan.device {
         DeviceChoice::Cpu => on_processor(config, weights, cpu, plan),
-        DeviceChoice::Cuda(index) => on_card(index, config, weights, cpu, plan),
+        DeviceChoice::Cuda(index) => on_card(index, (config, weights, cpu), plan, progress),
     }
 }
 
@@ -129,18 +135,20 @@ fn on_processor(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> 
     Ok((Backend::cpu(decoder, cache), loaded))
 }
 
+type Model = (Config, Weights, Cpu);
+
 #[cfg(not(feature = "cuda"))]
-fn on_card(index: u32, _: Config, _: Weights, _: Cpu, _: &LoadPlan) -> Result<(Backend, Loaded), LoadError> {
+fn on_card(index: u32, _: Model, _: &LoadPlan, _: &mut Progress<'_>) -> Result<(Backend, Loaded), LoadError> {
     Err(LoadError::NoSuchDevice(index))
 }
 
 #[cfg(feature = "cuda")]
 fn on_card(
     index: u32,
-    config: Config,
-    weights: Weights,
-    cpu: Cpu,
+    (config, weights, cpu): Model,
     plan: &LoadPlan,
+    progress: &mut Progress<'_>,
 ) -> Result<(Backend, Loaded), LoadError> {
-    crate::cuda::load(index, config, weights, cpu, plan)
+    let card = crate::cuda::driver::Card::open(index)?;
+    crate::cuda::load(card, (config, weights, cpu), plan, progress)
 }

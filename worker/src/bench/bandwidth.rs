@@ -1,6 +1,7 @@
-//! How fast the machine's threads read memory: what decode could reach if computing were free.
+//! How fast the device reads memory: what decode could reach if computing were free.
 //!
-//! A plain sum over a buffer that no cache holds, on the threads that compute the model, several times.
+//! On the processor a plain sum over a buffer that no cache holds, on the threads that compute the model, several times; on a card copies from
+//! one buffer to another, of which each byte counts twice, as read and as written.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -56,4 +57,11 @@ pub(super) fn measure(cpu: &Cpu) -> Result<Bandwidth, BenchError> {
         }
     }
     Ok(Bandwidth { buffer_bytes: bytes, bytes_per_second: Spread::of(&rates) })
+}
+
+/// Measures how fast a card copies within its memory.
+#[cfg(feature = "cuda")]
+pub(super) fn measure_card(card: &crate::cuda::CardModel) -> Result<Bandwidth, BenchError> {
+    let rates = card.measure_copy(BUFFER_BYTES_MIN, PASSES).map_err(crate::loader::LoadError::Device)?;
+    Ok(Bandwidth { buffer_bytes: BUFFER_BYTES_MIN, bytes_per_second: Spread::of(&rates) })
 }

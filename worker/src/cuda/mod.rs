@@ -9,6 +9,7 @@
 //! alone and among others; those of prompts through kernels for many tokens, whose sums do not depend on the chunks. A step
 //! with both computes them one after the other, and waits for the card once for each.
 
+pub mod devices;
 pub mod driver;
 mod host_experts;
 pub mod images;
@@ -23,6 +24,7 @@ mod weights;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use bulkhead_shared::message::LoadPlan;
 use bulkhead_shared::units::Bytes;
@@ -45,7 +47,7 @@ use crate::memory::available_memory;
 use crate::model::batch::{Batch, Outcome, Role, Wanted};
 use crate::model::config::Config;
 use crate::model::rope::RopeTable;
-use crate::model::weights::Weights;
+use crate::model::weights::{Progress, Weights};
 use crate::quant::Matrix;
 use crate::quant::cpu::Cpu;
 
@@ -64,7 +66,6 @@ pub struct CardModel {
     embedding: Option<Matrix>,
     host_experts: HostExperts,
     pager: Pager,
-    kv_type: KvType,
     pools: [Pool; 2],
     step_tokens: StepTokens,
     scratch: Scratch,
@@ -109,22 +110,20 @@ struct Results {
 /// # Errors
 /// `Plan` where it does not fit, `Device` for what the driver says.
 pub fn load(
-    index: u32,
-    config: Config,
-    weights: Weights,
-    cpu: Cpu,
+    card: Card,
+    (config, weights, cpu): (Config, Weights, Cpu),
     plan: &LoadPlan,
-    progress: &mut dyn FnMut(u64, u64, &str),
+    progress: &mut Progress<'_>,
 ) -> Result<(Backend, Loaded), LoadError> {
-    let card = Card::open(index)?;
     let sizes = sizes_of_loaded(&weights);
     let limits = CardLimits {
         budget: card::card_budget(plan.device_budget, card.facts().memory),
         host_available: available_memory().unwrap_or(AVAILABLE_DEFAULT),
     };
     let planned = card::plan_card(&config, &sizes, plan, plan.kv_type, limits)?;
-    let model = CardModel::make(card, config, weights, cpu, &planned, progress)?;
-    let facts = planned.facts(&model.config, model.describe(), model.format);
+    let format = weights.format_name();
+    let model = CardModel::make(card, (config, weights, cpu), &planned, progress)?;
+    let facts = planned.facts(&model.config, model.describe(), format);
     let given_up = facts.given_up.clone();
     Ok((Backend::Cuda(Box::new(model)), Loaded { facts, sequences: planned.sequences, given_up }))
 }
@@ -161,11 +160,9 @@ impl CardModel {
     /// Brings the weights to the card and makes what steps need, as planned.
     fn make(
         card: Card,
-        config: Config,
-        weights: Weights,
-        cpu: Cpu,
+        (config, weights, cpu): (Config, Weights, Cpu),
         planned: &CardPlan,
-        progress: &mut dyn FnMut(u64, u64, &str),
+        progress: &mut Progress<'_>,
     ) -> Result<CardModel, DeviceError> {
         let is_tied = planned.is_embedding_on_card && config.has_tied_embeddings;
         let places = Places {
@@ -215,7 +212,6 @@ impl CardModel {
             graphs: Graphs::default(),
             progress: Arc::default(),
             weight_bytes_read: 0,
-            kv_type: planned.kv_type,
             weights: on_card,
             config,
             cpu,
@@ -288,6 +284,32 @@ impl CardModel {
     #[must_use]
     pub fn weight_bytes_read(&self) -> u64 {
         self.weight_bytes_read + self.cpu.bytes_read()
+    }
+
+    /// Measures copies of `bytes` within the card's memory, after one that is not measured. Units: bytes read and written
+    /// per second.
+    ///
+    /// # Errors
+    /// `OutOfMemory` and the driver's.
+    pub fn measure_copy(&self, bytes: u64, passes: usize) -> Result<Vec<f64>, DeviceError> {
+        /// Copies between two readings of the clock: waiting for the card must not count.
+        const COPIES: u32 = 16;
+        self.card.enter()?;
+        let (from, to) = (Memory::take(&self.card, bytes, "a copy")?, Memory::take(&self.card, bytes, "a copy")?);
+        from.clear()?;
+        let mut rates = Vec::new();
+        for pass in 0..=passes {
+            self.card.wait()?;
+            let started = Instant::now();
+            for _ in 0..COPIES {
+                to.copy_from(&from, bytes)?;
+            }
+            self.card.wait()?;
+            if pass > 0 {
+                rates.push(2.0 * bytes as f64 * f64::from(COPIES) / started.elapsed().as_secs_f64());
+            }
+        }
+        Ok(rates)
     }
 
     /// Computes a batch; see `Backend::forward`.
