@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
-use bulkhead_shared::message::LoadPlan;
+use bulkhead_shared::message::{KvType, LoadPlan};
 use bulkhead_shared::units::Bytes;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, watch};
@@ -191,6 +191,8 @@ fn plan(config: &Config, model_dir: String) -> LoadPlan {
         sequences_max: config.sequences_max,
         kv_bytes: Bytes(0),
         step_delay_ms: config.step_delay_ms,
+        device_budget: Bytes(0),
+        kv_type: KvType::Bf16,
     }
 }
 

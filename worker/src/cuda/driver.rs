@@ -117,6 +117,8 @@ pub struct CardFacts {
     pub processors: u32,
     /// Shared memory that a block may have.
     pub shared_bytes_max: u32,
+    /// Shared memory of a multiprocessor.
+    pub shared_bytes_processor: u32,
 }
 
 /// Lists the cards that the driver knows.
@@ -156,6 +158,7 @@ fn facts_of(index: c_int) -> Result<CardFacts, DeviceError> {
         memory: Bytes(bytes as u64),
         processors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared_bytes_max: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        shared_bytes_processor: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
     })
 }
 
@@ -270,7 +273,7 @@ impl Card {
             ))),
             code => {
                 check("cuModuleLoadData", code)?;
-                Ok(Module { _card: self.clone(), module: Handle(module) })
+                Ok(Module { card: self.clone(), module: Handle(module) })
             }
         }
     }
@@ -314,7 +317,12 @@ impl Card {
         // SAFETY: the config, the attribute and the arguments live through the call, which copies them; there are as many
         // arguments as the kernel takes. What the kernel does to the card's memory is no matter of this process's safety.
         let code = unsafe {
-            sys::cuLaunchKernelEx(&raw const config, launch.kernel.function.0, pointers.as_mut_ptr(), std::ptr::null_mut())
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                launch.kernel.function.0,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
         };
         check("cuLaunchKernelEx", code)
     }
@@ -378,28 +386,31 @@ pub struct Launch<'a> {
 /// A loaded module.
 #[derive(Debug)]
 pub struct Module {
-    _card: Card,
+    card: Card,
     module: Handle<sys::CUmodule>,
 }
 
 impl Module {
-    /// Finds a kernel that takes `arguments` arguments, and allows it `shared_bytes` of shared memory.
+    /// Finds a kernel that takes `arguments` arguments, and allows it all the shared memory that the card has for a block.
     ///
     /// # Errors
     /// The driver's.
-    pub fn kernel(&self, name: &str, arguments: usize, shared_bytes: u32) -> Result<Kernel, DeviceError> {
+    pub fn kernel(&self, name: &str, arguments: usize) -> Result<Kernel, DeviceError> {
+        use sys::CUfunction_attribute_enum as A;
         let text = CString::new(name).expect("names of kernels hold no zero");
-        let mut function = std::ptr::null_mut();
+        let (mut function, mut declared) = (std::ptr::null_mut(), 0);
         // SAFETY: `function` is a place for one handle, the name ends with a zero, and the module is loaded.
         let code = unsafe { sys::cuModuleGetFunction(&raw mut function, self.module.0, text.as_ptr()) };
         check("cuModuleGetFunction", code)?;
-        const DYNAMIC: sys::CUfunction_attribute =
-            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        if shared_bytes > 0 {
-            // SAFETY: the function was just found.
-            let code = unsafe { sys::cuFuncSetAttribute(function, DYNAMIC, shared_bytes as c_int) };
-            check("cuFuncSetAttribute", code)?;
-        }
+        // SAFETY: `declared` is a place for one number, and the function was just found.
+        let code =
+            unsafe { sys::cuFuncGetAttribute(&raw mut declared, A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function) };
+        check("cuFuncGetAttribute", code)?;
+        let most = self.card.facts().shared_bytes_max as c_int - declared;
+        // SAFETY: the function was just found.
+        let code =
+            unsafe { sys::cuFuncSetAttribute(function, A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most) };
+        check("cuFuncSetAttribute", code)?;
         Ok(Kernel { name: name.into(), arguments, function: Handle(function) })
     }
 }

@@ -19,9 +19,8 @@ pub(super) struct HostExperts {
 impl HostExperts {
     /// Keeps the mixtures of the layers that are marked.
     pub(super) fn new(config: &Config, weights: &Weights, marked: &[bool]) -> HostExperts {
-        let keep = |(layer, is_kept): (&LayerWeights, &bool)| {
-            is_kept.then(|| (layer.router.clone(), layer.experts.clone()))
-        };
+        let keep =
+            |(layer, is_kept): (&LayerWeights, &bool)| is_kept.then(|| (layer.router.clone(), layer.experts.clone()));
         HostExperts {
             mixtures: weights.layers.iter().zip(marked).map(keep).collect(),
             used: config.experts_per_token,

@@ -1,40 +1,41 @@
 //! The kernels, found once, and how each is launched.
 //!
 //! Owns: names of entry points, grids and shared memory. Refuses: to know what is computed when. The contract of each
-//! kernel stands in worker/kernels/README.md.
+//! kernel stands in worker/kernels/README.md. `decode` has the launches for generated tokens, `prompt` those for prompts.
+
+mod decode;
+mod prompt;
 
 use std::collections::HashMap;
 
-use super::driver::{Argument, Card, Kernel, Launch, Module};
+use super::driver::Argument::{self, Address, Float, Number};
+use super::driver::{Card, Kernel, Launch, Module};
 use super::images;
-use super::weights::{Experts, Form, Product};
+use super::weights::Form;
 use crate::device::DeviceError;
 
-/// The most tokens that one launch of a product for generated tokens takes.
-const MATVEC_TOKENS_MAX: u32 = 16;
+pub use decode::GeneratedRoute;
+pub use prompt::tile_rows;
 
-/// Above this many tokens activations stay out of shared memory: that is quicker.
-const STAGED_TOKENS_MAX: u32 = 8;
+/// The widths of products for generated tokens.
+const MATVEC_TOKENS: [u32; 3] = [8, 16, 32];
+const EXPERT_TOKENS: [u32; 2] = [8, 16];
 
-/// Rows that a block of a product takes at a time.
-const PRODUCT_ROWS: u32 = 16;
+/// Tokens of the vocabulary that a block of the choice takes.
+const CHOICE_CHUNK: u32 = 1024;
 
-/// Warps of a product's block, and tokens that a block of a prompt's product takes at a time.
-const PRODUCT_WARPS: u32 = 8;
-const MANY_TOKENS: u32 = 64;
-
-/// Blocks of a product for each multiprocessor.
-const BLOCKS_PER_PROCESSOR: u32 = 2;
+/// The compute capability from which on products use bf16 and copies past registers.
+const AMPERE: (u32, u32) = (8, 0);
 
 /// The kernels of products with one form of weights.
 #[derive(Debug)]
 struct FormKernels {
-    matvec: [Kernel; 2],
+    matvec: [Kernel; 3],
     gate_up: [Kernel; 2],
     down: [Kernel; 2],
     matmul: Kernel,
-    gate_up_many: Kernel,
-    down_many: Kernel,
+    gate_up_many: [Kernel; 2],
+    down_many: [Kernel; 2],
 }
 
 /// Every kernel of a model.
@@ -44,13 +45,16 @@ pub struct Kernels {
     forms: HashMap<Form, FormKernels>,
     embed: Kernel,
     add_norm: Kernel,
+    norm_route: Kernel,
     router: Kernel,
-    route: Kernel,
+    choose_experts: Kernel,
+    group: Kernel,
     rope_write: Kernel,
     attend: Kernel,
-    combine: Kernel,
+    attend_prompt: Kernel,
     scan: Kernel,
     pick: Kernel,
+    is_int8: bool,
     /// Kernels refer to them.
     _modules: Vec<Module>,
 }
@@ -58,18 +62,20 @@ pub struct Kernels {
 /// Where the groups of a mixture stand: slots by expert. Addresses.
 #[derive(Clone, Copy, Debug)]
 pub struct Groups {
-    /// [1].
-    pub count: u64,
-    /// [experts].
-    pub experts: u64,
-    /// [experts + 1].
-    pub firsts: u64,
-    /// [tokens * used].
-    pub slots: u64,
-    /// [tokens, used].
+    /// [tokens, experts] f32.
+    pub logits: u64,
+    /// [tokens, used] u32.
     pub chosen: u64,
-    /// [tokens, used].
+    /// [tokens, used] f32.
     pub weights: u64,
+    /// [1] u32.
+    pub count: u64,
+    /// [experts] u32.
+    pub experts: u64,
+    /// [experts + 1] u32.
+    pub firsts: u64,
+    /// [tokens * used] u32.
+    pub slots: u64,
 }
 
 /// One layer's part of a pool of keys and values, and the tables of a step.
@@ -81,15 +87,15 @@ pub struct Cache {
     pub layers: u32,
     /// The layer's place among them.
     pub layer: u32,
-    /// [sequences, stride].
+    /// [sequences, stride] u32.
     pub blocks: u64,
-    /// [sequences].
+    /// [sequences] u32.
     pub firsts: u64,
     /// Entries of a sequence.
     pub stride: u32,
-    /// [rows].
+    /// [rows] u32.
     pub sequences: u64,
-    /// [rows].
+    /// [rows] u32.
     pub positions: u64,
     /// What a token sees, or 0 for all.
     pub window: u32,
@@ -106,78 +112,135 @@ pub struct Heads {
     pub dim: u32,
 }
 
+/// Where attention reads and writes. Addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention {
+    /// The shape.
+    pub heads: Heads,
+    /// [rows, query heads + 2 kv heads, dim] f32.
+    pub qkv: u64,
+    /// [rows, dim / 2] f32.
+    pub cosines: u64,
+    /// [rows, dim / 2] f32.
+    pub sines: u64,
+    /// [query heads] f32.
+    pub sinks: u64,
+    /// [rows, query heads * dim] bf16.
+    pub out: u64,
+    /// Keys and values.
+    pub cache: Cache,
+}
+
 /// A layer's change that is added before a norm: parts of a row with their weights.
 #[derive(Clone, Copy, Debug)]
 pub struct Change {
-    /// [rows, count, hidden], or 0 for none.
+    /// [rows, count, hidden] f32, or 0 for none.
     pub parts: u64,
     /// Parts of a row.
     pub count: u32,
-    /// [rows, count], or 0 where each is 1.
+    /// [rows, count] f32, or 0 where each is 1.
     pub weights: u64,
 }
 
-use Argument::{Address, Float, Number};
+/// Where a norm reads and writes. Addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct AddNorm {
+    /// [rows, hidden] f32, changed in place.
+    pub x: u64,
+    /// Which rows, or 0.
+    pub rows: u64,
+    /// [hidden] f32.
+    pub weight: u64,
+    /// Added to the mean square.
+    pub epsilon: f32,
+    /// Width of a row.
+    pub hidden: u32,
+    /// 16-bit result, or 0.
+    pub out_bf16: u64,
+    /// 32-bit result, or 0.
+    pub out_f32: u64,
+}
+
+/// Where the choice reads and writes. Addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    /// [rows, vocabulary] f32.
+    pub logits: u64,
+    /// Its width.
+    pub vocabulary: u32,
+    /// [rows] f32.
+    pub temperatures: u64,
+    /// [rows] u64.
+    pub seeds: u64,
+    /// [rows] u64.
+    pub positions: u64,
+    /// [rows, chunks] of 24 bytes.
+    pub partials: u64,
+    /// [rows] of two u32.
+    pub chosen: u64,
+}
 
 impl Kernels {
     /// Loads what a model with these forms of weights needs.
     ///
     /// # Errors
     /// `Unusable` where this worker has no kernels for the card or its driver takes none of them; the driver's.
-    pub fn load(card: &Card, forms: &[Form], kv: &str) -> Result<Kernels, DeviceError> {
+    pub fn load(card: &Card, forms: &[Form], is_int8: bool) -> Result<Kernels, DeviceError> {
         let image = |name| {
             let image = images::module(card.facts().capability, name);
             image.map_err(|error| DeviceError::Unusable(error.to_string()))
         };
         let load = |name| card.load_module(&image(name)?);
-        let (matvec, moe, norm) = (load("matvec")?, load("moe")?, load("norm")?);
-        let (decode, sample) = (load("decode")?, load("sample")?);
-        let most = card.facts().shared_bytes_max;
-        let of_form = |form: Form| -> Result<FormKernels, DeviceError> {
-            let find = |module: &Module, name: String, arguments| module.kernel(&name, arguments, most);
-            let name = form.name();
-            let matvec_of = |tokens| find(&matvec, format!("matvec_{name}_{tokens}"), 9);
-            let gate_up_of = |tokens| find(&moe, format!("moe_gate_up_{name}_{tokens}"), 14);
-            let down_of = |tokens| find(&moe, format!("moe_down_{name}_{tokens}"), 11);
-            Ok(FormKernels {
-                matvec: [matvec_of(8)?, matvec_of(16)?],
-                gate_up: [gate_up_of(8)?, gate_up_of(16)?],
-                down: [down_of(8)?, down_of(16)?],
-                matmul: find(&matvec, format!("matmul_{name}"), 8)?,
-                gate_up_many: find(&moe, format!("moe_gate_up_{name}_many"), 13)?,
-                down_many: find(&moe, format!("moe_down_{name}_many"), 10)?,
-            })
-        };
+        let (matvec, moe, route, norm) = (load("matvec")?, load("moe")?, load("route")?, load("norm")?);
+        let (decode, sample, prefill) = (load("decode")?, load("sample")?, load("prefill")?);
+        let (matmul, moe_many) = (load("matmul")?, load("moe_many")?);
+        let products = Products { matvec: &matvec, moe: &moe, matmul: &matmul, moe_many: &moe_many };
+        let kv = if is_int8 { "int8" } else { "bf16" };
+        let forms = forms.iter().map(|form| Ok((*form, products.of(*form)?)));
         Ok(Kernels {
-            forms: forms.iter().map(|form| Ok((*form, of_form(*form)?))).collect::<Result<_, DeviceError>>()?,
-            embed: norm.kernel("embed", 5, 0)?,
-            add_norm: norm.kernel("add_norm", 10, 0)?,
-            router: moe.kernel("moe_router", 5, 0)?,
-            route: moe.kernel("moe_route", 10, 0)?,
-            rope_write: decode.kernel(&format!("rope_write_{kv}"), 14, 0)?,
-            attend: decode.kernel(&format!("attend_decode_{kv}"), 14, 0)?,
-            combine: decode.kernel("attend_combine", 7, 0)?,
-            scan: sample.kernel("choose_scan", 4, 0)?,
-            pick: sample.kernel("choose_pick", 8, 0)?,
+            forms: forms.collect::<Result<_, DeviceError>>()?,
+            embed: norm.kernel("embed", 5)?,
+            add_norm: norm.kernel("add_norm", 10)?,
+            norm_route: route.kernel("norm_route", 19)?,
+            router: moe_many.kernel("moe_router_many", 7)?,
+            choose_experts: moe_many.kernel("moe_choose_many", 6)?,
+            group: moe_many.kernel("moe_group_many", 8)?,
+            rope_write: decode.kernel(&format!("rope_write_{kv}"), 14)?,
+            attend: decode.kernel(&format!("attend_decode_{kv}"), 20)?,
+            attend_prompt: prefill.kernel(&format!("attend_prefill_{kv}"), 16)?,
+            scan: sample.kernel("choose_scan", 4)?,
+            pick: sample.kernel("choose_pick", 8)?,
+            is_int8,
             card: card.clone(),
-            _modules: vec![matvec, moe, norm, decode, sample],
+            _modules: vec![matvec, moe, route, norm, decode, sample, prefill, matmul, moe_many],
         })
     }
 
+    fn form(&self, form: Form) -> &FormKernels {
+        self.forms.get(&form).expect("the kernels of every form of the model were loaded")
+    }
+
+    fn is_turing(&self) -> bool {
+        self.card.facts().capability < AMPERE
+    }
+
+    /// Puts a kernel on the stream that may prepare itself while the one before it ends.
     fn put(
         &self,
         kernel: &Kernel,
         grid: [u32; 3],
-        (threads, shared_bytes): (u32, u32),
+        block: (u32, u32),
         arguments: &[Argument],
     ) -> Result<(), DeviceError> {
+        let (threads, shared_bytes) = block;
         self.card.launch(&Launch { kernel, grid, threads, shared_bytes, is_dependent: true }, arguments)
     }
 
-    /// Gathers rows of an embedding: `x[i] = table[tokens[i]]`. It is the first of a pass, behind copies.
+    /// Gathers rows of an embedding: `x[i] = table[tokens[i]]`. It comes first, behind the copies of a step's inputs, which
+    /// later kernels read before they wait: so this one starts when those are complete.
     ///
     /// # Errors
-    /// The driver's, as all of these.
+    /// The driver's, as for all launches.
     pub fn embed(&self, table: u64, tokens: u64, vocabulary: u32, x: (u64, u32), rows: u32) -> Result<(), DeviceError> {
         let arguments = [Address(table), Address(tokens), Number(vocabulary), Number(x.1), Address(x.0)];
         let kernel = &self.embed;
@@ -185,157 +248,6 @@ impl Kernels {
         self.card.launch(&launch, &arguments)
     }
 
-    fn form(&self, form: Form) -> &FormKernels {
-        self.forms.get(&form).expect("the kernels of every form of the model were loaded")
-    }
-
-    /// Gives the shared memory of a product for `tokens` tokens, and whether the activations stand there.
-    fn staging(&self, form: Form, tokens: u32, columns: u32) -> (u32, u32) {
-        let tiles = if tokens <= 8 { 1 } else { 2 };
-        let plain = form.table_bytes() + tiles * 4096;
-        let staged = plain + tokens * (columns + 8) * 2;
-        let fits = tokens <= STAGED_TOKENS_MAX && staged <= self.card.facts().shared_bytes_max;
-        if fits { (staged, 1) } else { (plain, 0) }
-    }
-}
-
-/// Products.
-impl Kernels {
-    /// Multiplies generated tokens with matrices: `out[b, row] = x[b] . matrix[row] + bias[row]`.
-    ///
-    /// Shapes: x: [tokens, columns] bf16, out: [tokens, rows of all matrices] f32.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn matvec(&self, product: &Product, x: u64, out: u64, tokens: u32) -> Result<(), DeviceError> {
-        const BF16_BYTES: u64 = 2;
-        for first in (0..tokens).step_by(MATVEC_TOKENS_MAX as usize) {
-            let batch = (tokens - first).min(MATVEC_TOKENS_MAX);
-            let (shared, is_staged) = self.staging(product.form, batch, product.columns);
-            let kernel = &self.form(product.form).matvec[usize::from(batch > 8)];
-            let most = self.card.facts().processors * BLOCKS_PER_PROCESSOR;
-            let blocks = product.tiles(PRODUCT_ROWS).min(most);
-            let arguments = [
-                Address(product.matrices),
-                Number(product.count),
-                Address(x + u64::from(first) * u64::from(product.columns) * BF16_BYTES),
-                Number(batch),
-                Number(product.columns),
-                Address(out + u64::from(first) * u64::from(product.rows) * 4),
-                Number(product.rows),
-                Address(product.scale_values),
-                Number(is_staged),
-            ];
-            self.put(kernel, [blocks, 1, 1], (256, shared), &arguments)?;
-        }
-        Ok(())
-    }
-
-    /// The same for tokens of prompts.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn matmul(&self, product: &Product, x: u64, out: u64, tokens: u32) -> Result<(), DeviceError> {
-        let kernel = &self.form(product.form).matmul;
-        let grid = [product.tiles(PRODUCT_ROWS).div_ceil(PRODUCT_WARPS), tokens.div_ceil(MANY_TOKENS), 1];
-        let arguments = [
-            Address(product.matrices),
-            Number(product.count),
-            Address(x),
-            Number(tokens),
-            Number(product.columns),
-            Address(out),
-            Number(product.rows),
-            Address(product.scale_values),
-        ];
-        self.put(kernel, grid, (256, product.form.table_bytes()), &arguments)
-    }
-
-    /// Judges the experts and groups the tokens' choices by expert.
-    ///
-    /// Shapes: x: [tokens, hidden] f32, logits: [tokens, experts] f32.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn route(&self, experts: &Experts, x: u64, logits: u64, groups: &Groups, tokens: u32) -> Result<(), DeviceError> {
-        let arguments = [
-            Address(experts.router),
-            Address(experts.router_bias),
-            Address(x),
-            Number(experts.hidden),
-            Address(logits),
-        ];
-        self.put(&self.router, [experts.count, tokens, 1], (128, 0), &arguments)?;
-        let arguments = [
-            Address(logits),
-            Number(tokens),
-            Number(experts.count),
-            Number(experts.used),
-            Address(groups.chosen),
-            Address(groups.weights),
-            Address(groups.count),
-            Address(groups.experts),
-            Address(groups.firsts),
-            Address(groups.slots),
-        ];
-        self.put(&self.route, [1, 1, 1], (256, 0), &arguments)
-    }
-
-    /// Computes the chosen experts of generated tokens (at most as many as a launch takes) or of prompts.
-    ///
-    /// Shapes: x: [tokens, hidden] bf16, inner: [tokens * used, intermediate] bf16, out: [tokens * used, hidden] f32.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn experts(
-        &self,
-        experts: &Experts,
-        groups: &Groups,
-        (x, inner, out): (u64, u64, u64),
-        tokens: ProductTokens,
-    ) -> Result<(), DeviceError> {
-        let lists = [groups.count, groups.experts, groups.firsts, groups.slots].map(Address);
-        let (up, down) = (&experts.gate_up, &experts.down);
-        let mut first = vec![Address(up.matrices)];
-        first.extend(lists);
-        first.extend([Address(x), Number(experts.used), Number(up.columns), Number(up.rows)]);
-        first.extend([Float(experts.alpha), Float(experts.limit), Address(inner), Address(up.scale_values)]);
-        let mut second = vec![Address(down.matrices)];
-        second.extend(lists);
-        second.extend([Address(inner), Number(down.columns), Number(down.rows), Address(out)]);
-        second.push(Address(down.scale_values));
-        let blocks = self.card.facts().processors * BLOCKS_PER_PROCESSOR;
-        let (up_kernels, down_kernels) = (self.form(up.form), self.form(down.form));
-        match tokens {
-            ProductTokens::Generated(count) => {
-                let wide = usize::from(count > 8);
-                let (shared, is_staged) = self.staging(up.form, count, up.columns);
-                first.push(Number(is_staged));
-                self.put(&up_kernels.gate_up[wide], [blocks, 1, 1], (256, shared), &first)?;
-                let (shared, is_staged) = self.staging(down.form, count, down.columns);
-                second.push(Number(is_staged));
-                self.put(&down_kernels.down[wide], [blocks, 1, 1], (256, shared), &second)
-            }
-            ProductTokens::Prompt(count) => {
-                let grid = [blocks, count.div_ceil(MANY_TOKENS), 1];
-                self.put(&up_kernels.gate_up_many, grid, (256, up.form.table_bytes()), &first)?;
-                self.put(&down_kernels.down_many, grid, (256, down.form.table_bytes()), &second)
-            }
-        }
-    }
-}
-
-/// How many tokens a product has, by role.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ProductTokens {
-    /// Generated ones.
-    Generated(u32),
-    /// Those of prompts.
-    Prompt(u32),
-}
-
-/// What lies between the products.
-impl Kernels {
     /// Adds a change to rows of x and normalises them: output row i is made of row `rows[i]`, or of row i where `rows` is 0.
     ///
     /// Shapes: x: [rows, hidden] f32; out_bf16, out_f32: [count, hidden], either may be 0.
@@ -355,56 +267,22 @@ impl Kernels {
             Address(norm.out_bf16),
             Address(norm.out_f32),
         ];
-        self.put(&self.add_norm, [count, 1, 1], (512, 0), &arguments)
+        // Sums depend on the number of threads, which follows from the width alone.
+        let threads = norm.hidden.div_ceil(4).next_multiple_of(32).min(1024);
+        self.put(&self.add_norm, [count, 1, 1], (threads, 0), &arguments)
     }
 
-    /// Rotates queries and keys, writes keys and values to the cache, and attends: a row sees itself and what is before it.
-    ///
-    /// Shapes: qkv: [rows, query heads + 2 kv heads, dim] f32, out: [rows, query heads * dim] bf16, partial: room for the
-    /// cuts of `rows_at_once` rows.
+    /// Rotates queries and keys in place and writes keys and values to the cache.
     ///
     /// # Errors
     /// The driver's.
-    pub fn attend(&self, attention: &Attention, cache: &Cache, rows: u32) -> Result<(), DeviceError> {
+    pub fn rope_write(&self, attention: &Attention, rows: u32) -> Result<(), DeviceError> {
         let heads = attention.heads;
-        let cached = |row: u64| {
-            [
-                Address(cache.pool),
-                Number(cache.layers),
-                Number(cache.layer),
-                Number(heads.kv),
-                Number(heads.dim),
-                Address(cache.blocks),
-                Address(cache.firsts),
-                Number(cache.stride),
-                Address(cache.sequences + row * 4),
-                Address(cache.positions + row * 4),
-            ]
-        };
-        let all_heads = heads.query + 2 * heads.kv;
         let mut arguments =
             vec![Address(attention.qkv), Address(attention.cosines), Address(attention.sines), Number(heads.query)];
-        arguments.extend(cached(0));
-        self.put(&self.rope_write, [rows, all_heads.div_ceil(8), 1], (256, 0), &arguments)?;
-        for first in (0..rows).step_by(attention.rows_at_once as usize) {
-            let (count, row) = ((rows - first).min(attention.rows_at_once), u64::from(first));
-            let qkv = attention.qkv + row * u64::from(all_heads * heads.dim) * 4;
-            let mut arguments = vec![Address(qkv), Number(heads.query), Number(cache.window)];
-            arguments.extend(cached(row));
-            arguments.push(Address(attention.partial));
-            self.put(&self.attend, [attention.cuts, heads.kv, count], (128, 0), &arguments)?;
-            let arguments = [
-                Address(attention.partial),
-                Address(attention.sinks),
-                Address(cache.positions + row * 4),
-                Number(cache.window),
-                Number(attention.cuts),
-                Number(heads.dim),
-                Address(attention.out + row * u64::from(heads.query * heads.dim) * 2),
-            ];
-            self.put(&self.combine, [heads.query, count, 1], (64, 0), &arguments)?;
-        }
-        Ok(())
+        arguments.extend(attention.cached());
+        let blocks = (heads.query + 2 * heads.kv).div_ceil(8);
+        self.put(&self.rope_write, [rows, blocks, 1], (256, 0), &arguments)
     }
 
     /// Chooses a token for each row of logits.
@@ -413,17 +291,13 @@ impl Kernels {
     /// The driver's.
     pub fn choose(&self, choice: &Choice, rows: u32) -> Result<(), DeviceError> {
         let chunks = choice.vocabulary.div_ceil(CHOICE_CHUNK);
-        let arguments = [
-            Address(choice.logits),
-            Number(choice.vocabulary),
-            Address(choice.temperatures),
-            Address(choice.partials),
-        ];
+        let (logits, temperatures) = (Address(choice.logits), Address(choice.temperatures));
+        let arguments = [logits, Number(choice.vocabulary), temperatures, Address(choice.partials)];
         self.put(&self.scan, [chunks, rows, 1], (256, 0), &arguments)?;
         let arguments = [
-            Address(choice.logits),
+            logits,
             Number(choice.vocabulary),
-            Address(choice.temperatures),
+            temperatures,
             Address(choice.seeds),
             Address(choice.positions),
             Address(choice.partials),
@@ -434,66 +308,50 @@ impl Kernels {
     }
 }
 
-/// Tokens of the vocabulary that a block of the choice takes.
-pub const CHOICE_CHUNK: u32 = 1024;
-
-/// Where a norm reads and writes. Addresses.
-#[derive(Clone, Copy, Debug)]
-pub struct AddNorm {
-    /// Changed in place.
-    pub x: u64,
-    /// Which rows, or 0.
-    pub rows: u64,
-    /// [hidden] f32.
-    pub weight: u64,
-    /// Added to the mean square.
-    pub epsilon: f32,
-    /// Width of a row.
-    pub hidden: u32,
-    /// 16-bit result, or 0.
-    pub out_bf16: u64,
-    /// 32-bit result, or 0.
-    pub out_f32: u64,
+/// The modules of products.
+struct Products<'m> {
+    matvec: &'m Module,
+    moe: &'m Module,
+    matmul: &'m Module,
+    moe_many: &'m Module,
 }
 
-/// Where attention reads and writes. Addresses.
-#[derive(Clone, Copy, Debug)]
-pub struct Attention {
-    /// The shape.
-    pub heads: Heads,
-    /// Queries, keys and values.
-    pub qkv: u64,
-    /// [rows, dim / 2].
-    pub cosines: u64,
-    /// [rows, dim / 2].
-    pub sines: u64,
-    /// [query heads].
-    pub sinks: u64,
-    /// Room for the cuts' results.
-    pub partial: u64,
-    /// The most cuts of a row's context.
-    pub cuts: u32,
-    /// Rows that there is room for at once.
-    pub rows_at_once: u32,
-    /// The result.
-    pub out: u64,
+impl Products<'_> {
+    fn of(&self, form: Form) -> Result<FormKernels, DeviceError> {
+        let name = form.name();
+        let matvec = |tokens| self.matvec.kernel(&format!("matvec_{name}_{tokens}"), 9);
+        let gate_up = |tokens| self.moe.kernel(&format!("moe_gate_up_{name}_{tokens}"), 15);
+        let down = |tokens| self.moe.kernel(&format!("moe_down_{name}_{tokens}"), 12);
+        let gate_up_many = |kind| self.moe_many.kernel(&format!("moe_gate_up_{name}_{kind}"), 13);
+        let down_many = |kind| self.moe_many.kernel(&format!("moe_down_{name}_{kind}"), 10);
+        let [few, some, many] = MATVEC_TOKENS;
+        let [narrow, wide] = EXPERT_TOKENS;
+        Ok(FormKernels {
+            matvec: [matvec(few)?, matvec(some)?, matvec(many)?],
+            gate_up: [gate_up(narrow)?, gate_up(wide)?],
+            down: [down(narrow)?, down(wide)?],
+            matmul: self.matmul.kernel(&format!("matmul_{name}"), 8)?,
+            gate_up_many: [gate_up_many("few")?, gate_up_many("many")?],
+            down_many: [down_many("few")?, down_many("many")?],
+        })
+    }
 }
 
-/// Where the choice reads and writes. Addresses.
-#[derive(Clone, Copy, Debug)]
-pub struct Choice {
-    /// [rows, vocabulary].
-    pub logits: u64,
-    /// Its width.
-    pub vocabulary: u32,
-    /// [rows] f32.
-    pub temperatures: u64,
-    /// [rows] u64.
-    pub seeds: u64,
-    /// [rows] u64.
-    pub positions: u64,
-    /// [rows, chunks] of 24 bytes.
-    pub partials: u64,
-    /// [rows] of two u32.
-    pub chosen: u64,
+impl Attention {
+    /// The arguments that tell where keys and values are.
+    fn cached(&self) -> [Argument; 10] {
+        let cache = &self.cache;
+        [
+            Address(cache.pool),
+            Number(cache.layers),
+            Number(cache.layer),
+            Number(self.heads.kv),
+            Number(self.heads.dim),
+            Address(cache.blocks),
+            Address(cache.firsts),
+            Number(cache.stride),
+            Address(cache.sequences),
+            Address(cache.positions),
+        ]
+    }
 }

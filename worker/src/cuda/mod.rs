@@ -10,6 +10,7 @@
 //! with both computes them one after the other, and waits for the card once for each.
 
 pub mod devices;
+#[expect(unsafe_code, reason = "calls the driver")]
 pub mod driver;
 mod host_experts;
 pub mod images;
@@ -17,6 +18,7 @@ mod kernels;
 mod pass;
 pub mod swap;
 mod tables;
+#[expect(unsafe_code, reason = "calls the driver")]
 mod transfer;
 mod upload;
 mod weights;
@@ -41,9 +43,9 @@ use crate::device::DeviceError;
 use crate::engine::backend::{Backend, StepTokens};
 use crate::engine::pager::{BLOCK_TOKENS, Blocks, Kind, KvShape, Pager};
 use crate::loader::{LoadError, Loaded};
+use crate::memory::available_memory;
 use crate::memory::card::{self, CardLimits, CardPlan, KvType, LayerSizes, WeightSizes};
 use crate::memory::scratch::{Scratch, StepSize};
-use crate::memory::available_memory;
 use crate::model::batch::{Batch, Outcome, Role, Wanted};
 use crate::model::config::Config;
 use crate::model::rope::RopeTable;
@@ -170,11 +172,7 @@ impl CardModel {
             is_embedding_on_card: planned.is_embedding_on_card && !is_tied,
         };
         let layout = Planned::new(&config, &weights, &places)?;
-        let kv_name = match planned.kv_type {
-            KvType::Bf16 => "bf16",
-            KvType::Int8 => "int8",
-        };
-        let kernels = Kernels::load(&card, &layout.forms(), kv_name)?;
+        let kernels = Kernels::load(&card, &layout.forms(), planned.kv_type == KvType::Int8)?;
         let on_card = layout.bring(&card, &mut |done, total| progress(done, total, "weights to the card"))?;
         let step_tokens = planned.step();
         let size = StepSize {
@@ -184,6 +182,8 @@ impl CardModel {
         };
         let scratch = Scratch::new(&config, size);
         let scratch_memory = Memory::take(&card, scratch.bytes.0, "the buffers of a step")?;
+        // Counters are zero between launches.
+        scratch_memory.clear()?;
         let shape = KvShape::of(&config);
         let pager = Pager::new(shape.clone(), planned.full_blocks, planned.sequences, step_tokens.sum());
         let strides = [
@@ -270,7 +270,11 @@ impl CardModel {
     pub fn describe(&self) -> String {
         let facts = self.card.facts();
         let on_host = self.host_experts.layers();
-        let rest = if on_host > 0 { format!(", experts of {on_host} layers on the {}", self.cpu.describe()) } else { String::new() };
+        let rest = if on_host > 0 {
+            format!(", experts of {on_host} layers on the {}", self.cpu.describe())
+        } else {
+            String::new()
+        };
         format!("cuda:{} ({}{rest})", facts.index, facts.name)
     }
 

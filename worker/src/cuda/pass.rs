@@ -11,20 +11,17 @@ use half::slice::HalfFloatSliceExt;
 
 use super::CardModel;
 use super::driver::Graph;
-use super::kernels::{AddNorm, Attention, Cache, Change, Choice, Groups, Heads, ProductTokens};
+use super::kernels::{AddNorm, Attention, Cache, Change, Choice, GeneratedRoute, Groups, Heads, tile_rows};
 use super::tables::Inputs;
-use super::weights::{CardLayer, Product};
+use super::weights::{CardLayer, Experts, Product};
 use crate::device::DeviceError;
 use crate::engine::pager::{Kind, Span};
-use crate::memory::scratch::{cuts_of, cuts_of_window};
+use crate::memory::scratch::cuts_of;
 use crate::model::batch::{Batch, Outcome, Role, Row, Wanted};
 use crate::quant::{FloatType, Matrix};
 
 /// Graphs that are kept. Each is for one number of tokens and one bound of the context.
 const GRAPHS_MAX: usize = 96;
-
-/// Generated tokens whose experts are computed in one go.
-const EXPERT_TOKENS_MAX: u32 = 16;
 
 /// What the recorded runs of kernels of one kind of pass are, by tokens and cuts of the context.
 #[derive(Debug, Default)]
@@ -48,8 +45,11 @@ struct Shape {
     role: Role,
     rows: u32,
     outputs: u32,
-    /// Cuts of a whole context.
+    /// Of generated tokens: cuts of a whole context, and whether each token is of a sequence of its own.
     cuts: u32,
+    is_apart: bool,
+    /// Of prompts: tiles of attention.
+    tiles: u32,
 }
 
 /// Where a run of kernels ended.
@@ -85,15 +85,17 @@ impl CardModel {
     pub(super) fn run_pass(&mut self, pass: &Pass) -> Result<Vec<(usize, Outcome)>, DeviceError> {
         let (rows, capacity) = (pass.rows.len() as u32, self.step_tokens.generated);
         let last = pass.rows.iter().map(|row| row.position).max().unwrap_or(0);
-        let cuts = cuts_of(last, self.scratch.cuts_max);
-        let shape = |outputs| Shape { role: pass.role, rows, outputs, cuts };
+        let cuts = cuts_of(last + 1).next_power_of_two();
+        let is_apart = pass.rows.windows(2).all(|pair| pair[0].sequence != pair[1].sequence);
         self.write_rows(pass);
+        let tiles = self.write_tiles(pass);
+        let shape = |outputs| Shape { role: pass.role, rows, outputs, cuts, is_apart, tiles };
         let mut chunks = pass.outputs.chunks(capacity as usize);
         let first = chunks.next().unwrap_or(&[]);
         self.write_outputs(pass.role, first);
         let whole = shape(first.len() as u32);
         let can_record = self.rows.is_pinned() && self.results.chosen.is_pinned();
-        if pass.role == Role::Generated && whole.outputs == rows && can_record {
+        if pass.role == Role::Generated && whole.outputs == rows && is_apart && can_record {
             self.run_recorded(whole)?;
         } else {
             self.run_layers(whole)?;
@@ -154,6 +156,25 @@ impl CardModel {
         inputs.write(places.positions, &numbers(|row| row.position));
         inputs.write(places.cosines, &cosines);
         inputs.write(places.sines, &sines);
+    }
+
+    /// Cuts a prompt's rows into tiles of attention: neighbours of one sequence. Gives their number.
+    fn write_tiles(&mut self, pass: &Pass) -> u32 {
+        if pass.role == Role::Generated {
+            return 0;
+        }
+        let most = tile_rows(self.config.heads, self.config.kv_heads);
+        let mut tiles: Vec<[u32; 2]> = Vec::new();
+        for (index, row) in (0..).zip(&pass.rows) {
+            match tiles.last_mut() {
+                Some([first, rows]) if *rows < most && pass.rows[*first as usize].sequence == row.sequence => {
+                    *rows += 1
+                }
+                Some(_) | None => tiles.push([index, 1]),
+            }
+        }
+        self.prompt.write(self.prompt.places.tiles, tiles.as_flattened());
+        tiles.len() as u32
     }
 
     /// Writes what is wanted. Logits are a choice at temperature 0 whose token nobody reads.
@@ -255,18 +276,23 @@ impl CardModel {
             self.scratch_memory.copy_in(self.scratch.change, &self.rows, 0, shape.rows as usize * row_bytes)?;
         }
         for (index, layer) in self.weights.layers.iter().enumerate().skip(start) {
-            let change = self.change_before(index);
-            let normal = AddNorm { out_f32: 0, ..self.norm(layer.attention_norm) };
-            self.kernels.add_norm(&normal, &change, shape.rows)?;
+            let x = self.residual(shape.role, index);
+            let normal = AddNorm { out_f32: 0, ..self.norm(x, layer.attention_norm) };
+            self.kernels.add_norm(&normal, &self.change_before(index), shape.rows)?;
             self.attention(shape, index, layer)?;
-            let change = Change { parts: self.at(self.scratch.change), count: 1, weights: 0 };
-            self.kernels.add_norm(&self.norm(layer.mlp_norm), &change, shape.rows)?;
-            if layer.experts.is_none() {
-                let bytes = shape.rows as usize * row_bytes;
-                self.scratch_memory.copy_out(self.scratch.normal_wide, &self.rows, 0, bytes)?;
-                return Ok(Stop::Host(index));
+            match (&layer.experts, shape.role) {
+                (Some(experts), Role::Generated) => self.generated_mixture(shape, index, (layer, experts))?,
+                (Some(experts), Role::Prompt) => {
+                    self.add_attention(shape, x, layer)?;
+                    self.prompt_mixture(shape, index, experts)?;
+                }
+                (None, _) => {
+                    self.add_attention(shape, x, layer)?;
+                    let bytes = shape.rows as usize * row_bytes;
+                    self.scratch_memory.copy_out(self.scratch.normal_wide, &self.rows, 0, bytes)?;
+                    return Ok(Stop::Host(index));
+                }
             }
-            self.mixture(shape, index, layer)?;
         }
         Ok(Stop::Layers)
     }
@@ -275,7 +301,7 @@ impl CardModel {
     fn begin(&self, shape: Shape) -> Result<(), DeviceError> {
         let inputs = self.inputs(shape.role);
         inputs.send()?;
-        let (hidden, x) = (self.config.hidden_size as u32, self.at(self.scratch.x));
+        let (hidden, x) = (self.config.hidden_size as u32, self.residual(shape.role, 0));
         let (table, vocabulary) = match self.weights.embedding {
             Some(table) => (table, self.config.vocab_size as u32),
             None => {
@@ -302,9 +328,24 @@ impl CardModel {
         }
     }
 
-    fn norm(&self, weight: u64) -> AddNorm {
+    /// The address of the residual stream as a layer finds it: each routing of generated tokens moves it to the other side.
+    fn residual(&self, role: Role, layer: usize) -> u64 {
+        let moves = match role {
+            Role::Prompt => 0,
+            Role::Generated => self.weights.layers[..layer].iter().filter(|layer| layer.experts.is_some()).count(),
+        };
+        self.at(self.scratch.x[moves % 2])
+    }
+
+    /// Adds what attention came to and normalises the sum for the experts.
+    fn add_attention(&self, shape: Shape, x: u64, layer: &CardLayer) -> Result<(), DeviceError> {
+        let change = Change { parts: self.at(self.scratch.change), count: 1, weights: 0 };
+        self.kernels.add_norm(&self.norm(x, layer.mlp_norm), &change, shape.rows)
+    }
+
+    fn norm(&self, x: u64, weight: u64) -> AddNorm {
         AddNorm {
-            x: self.at(self.scratch.x),
+            x,
             rows: 0,
             weight,
             epsilon: self.config.norm_eps,
@@ -330,7 +371,7 @@ impl CardModel {
         let pool = &self.pools[kind as usize];
         let (window, cuts) = match span {
             Span::Full => (0, shape.cuts),
-            Span::Window(window) => (window, cuts_of_window(window).min(self.scratch.cuts_max)),
+            Span::Window(window) => (window, cuts_of(window).min(shape.cuts)),
         };
         let cache = Cache {
             pool: pool.memory.at(0),
@@ -354,44 +395,68 @@ impl CardModel {
             cosines: inputs.at(inputs.places.cosines),
             sines: inputs.at(inputs.places.sines),
             sinks: layer.sinks,
-            partial: self.at(self.scratch.partial),
-            cuts,
-            rows_at_once: self.scratch.rows_at_once(&self.config, cuts),
             out: attended,
+            cache,
         };
-        self.kernels.attend(&attention, &cache, shape.rows)?;
+        match shape.role {
+            Role::Generated => {
+                if !shape.is_apart {
+                    self.kernels.rope_write(&attention, shape.rows)?;
+                }
+                let places = (self.at(self.scratch.partial), self.at(self.scratch.attend_counters), cuts);
+                self.kernels.attend(&attention, places, !shape.is_apart, shape.rows)?;
+            }
+            Role::Prompt => {
+                self.kernels.rope_write(&attention, shape.rows)?;
+                let tiles = (inputs.at(inputs.places.tiles), shape.tiles);
+                self.kernels.attend_prompt(&attention, tiles)?;
+            }
+        }
         self.product(shape.role, &layer.o, attended, self.at(self.scratch.change), shape.rows)
     }
 
-    fn mixture(&self, shape: Shape, index: usize, layer: &CardLayer) -> Result<(), DeviceError> {
-        let experts = layer.experts.as_ref().expect("the card has the experts of this layer");
+    fn groups(&self, layer: usize) -> Groups {
         let scratch = &self.scratch;
-        let at_once = match shape.role {
-            Role::Generated => EXPERT_TOKENS_MAX,
-            Role::Prompt => shape.rows,
-        };
-        let (hidden, used) = (u64::from(experts.hidden), u64::from(experts.used));
-        for first in (0..shape.rows).step_by(at_once as usize) {
-            let (count, row) = ((shape.rows - first).min(at_once), u64::from(first));
-            let groups = Groups {
-                count: self.at(scratch.group_counts + index as u64 * 4),
-                experts: self.at(scratch.group_experts),
-                firsts: self.at(scratch.group_firsts),
-                slots: self.at(scratch.slots),
-                chosen: self.at(scratch.chosen_experts + row * used * 4),
-                weights: self.at(scratch.expert_weights + row * used * 4),
-            };
-            let wide = self.at(scratch.normal_wide + row * hidden * 4);
-            self.kernels.route(experts, wide, self.at(scratch.router_logits), &groups, count)?;
-            let inner = self.at(scratch.inner + row * used * self.config.intermediate_size as u64 * 2);
-            let results = self.at(scratch.results + row * used * hidden * 4);
-            let tokens = match shape.role {
-                Role::Generated => ProductTokens::Generated(count),
-                Role::Prompt => ProductTokens::Prompt(count),
-            };
-            self.kernels.experts(experts, &groups, (self.at(scratch.normal + row * hidden * 2), inner, results), tokens)?;
+        Groups {
+            logits: self.at(scratch.router_logits),
+            chosen: self.at(scratch.chosen_experts),
+            weights: self.at(scratch.expert_weights),
+            count: self.at(scratch.group_counts + layer as u64 * 4),
+            experts: self.at(scratch.group_experts),
+            firsts: self.at(scratch.group_firsts),
+            slots: self.at(scratch.slots),
         }
-        Ok(())
+    }
+
+    /// What the experts read, work in, and write.
+    fn expert_places(&self) -> (u64, u64, u64) {
+        (self.at(self.scratch.normal), self.at(self.scratch.inner), self.at(self.scratch.results))
+    }
+
+    fn generated_mixture(
+        &self,
+        shape: Shape,
+        index: usize,
+        (layer, experts): (&CardLayer, &Experts),
+    ) -> Result<(), DeviceError> {
+        let route = GeneratedRoute {
+            x: self.residual(shape.role, index),
+            change: self.at(self.scratch.change),
+            norm_weight: layer.mlp_norm,
+            epsilon: self.config.norm_eps,
+            sum: self.residual(shape.role, index + 1),
+            out: self.at(self.scratch.normal),
+            counters: self.at(self.scratch.route_counters),
+        };
+        let groups = self.groups(index);
+        self.kernels.norm_route(experts, &route, &groups, shape.rows)?;
+        self.kernels.experts(experts, &groups, self.expert_places(), shape.rows)
+    }
+
+    fn prompt_mixture(&self, shape: Shape, index: usize, experts: &Experts) -> Result<(), DeviceError> {
+        let groups = self.groups(index);
+        self.kernels.route(experts, self.at(self.scratch.normal_wide), &groups, shape.rows)?;
+        self.kernels.experts_many(experts, &groups, self.expert_places(), shape.rows)
     }
 
     /// Puts the output matrix and the choice on the stream, and the copy of what was chosen.
@@ -405,7 +470,7 @@ impl CardModel {
             rows: inputs.at(inputs.places.output_rows),
             out_bf16: head_input,
             out_f32: 0,
-            ..self.norm(self.weights.final_norm)
+            ..self.norm(self.residual(shape.role, self.weights.layers.len()), self.weights.final_norm)
         };
         self.kernels.add_norm(&norm, &self.change_before(self.weights.layers.len()), shape.outputs)?;
         // An output row is alone with the head whatever its role: it is the first generated token that it leads to.

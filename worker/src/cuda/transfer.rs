@@ -134,8 +134,7 @@ impl Memory {
     pub fn copy_from(&self, from: &Memory, bytes: u64) -> Result<(), DeviceError> {
         assert!(bytes <= self.bytes && bytes <= from.bytes, "a copy ends inside both");
         // SAFETY: both ranges lie inside their allocations.
-        let code =
-            unsafe { sys::cuMemcpyDtoDAsync_v2(self.address, from.address, bytes as usize, self.card.stream()) };
+        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(self.address, from.address, bytes as usize, self.card.stream()) };
         check("cuMemcpyDtoDAsync", code)
     }
 }

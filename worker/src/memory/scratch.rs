@@ -10,11 +10,10 @@ use crate::model::config::Config;
 /// Every part begins at a multiple of this. Units: bytes.
 const ALIGNMENT: u64 = 256;
 
-/// Room for the results of attention's cuts, unless one row needs more. Units: bytes.
-const PARTIAL_BYTES: u64 = 64 << 20;
-
-/// Positions that attention of generated tokens cuts a context into.
+/// Attention of a generated token cuts what it sees into pieces of this many positions, or of twice as many and so on,
+/// until there are at most `CUTS_MAX`.
 const CUT_TOKENS: u32 = 128;
+const CUTS_MAX: u32 = 64;
 
 /// Tokens of the vocabulary that are judged at a time, and the bytes that come of it.
 const CHOICE_CHUNK: u64 = 1024;
@@ -36,8 +35,8 @@ pub struct StepSize {
 pub struct Scratch {
     /// [rows, hidden] bf16: rows of the embedding that the host gathered.
     pub embedded: u64,
-    /// [rows, hidden] f32: the residual stream.
-    pub x: u64,
+    /// [rows, hidden] f32, twice: the residual stream, which changes sides where routing adds to it.
+    pub x: [u64; 2],
     /// [rows, hidden] bf16.
     pub normal: u64,
     /// [rows, hidden] f32.
@@ -66,8 +65,12 @@ pub struct Scratch {
     pub inner: u64,
     /// [rows, used, hidden] f32.
     pub results: u64,
-    /// Attention's cuts.
+    /// [generated, query heads, cuts, dim + 2] f32: attention's cuts.
     pub partial: u64,
+    /// [generated, kv heads] u32, 0 between launches.
+    pub attend_counters: u64,
+    /// [generated + 1] u32, 0 between launches.
+    pub route_counters: u64,
     /// [outputs, hidden] bf16.
     pub head_input: u64,
     /// [outputs, vocabulary] f32.
@@ -78,8 +81,6 @@ pub struct Scratch {
     pub chosen: u64,
     /// The whole.
     pub bytes: Bytes,
-    /// Cuts of the longest context.
-    pub cuts_max: u32,
 }
 
 impl Scratch {
@@ -97,15 +98,14 @@ impl Scratch {
         let (hidden, used) = (config.hidden_size as u64, config.experts_per_token as u64);
         let (heads, dim) = (config.heads as u64, config.head_dim as u64);
         let (experts, vocabulary) = (config.experts as u64, config.vocab_size as u64);
-        let cuts_max = size.context_tokens.div_ceil(CUT_TOKENS) + 1;
-        let partial_row = Scratch::partial_row_bytes(config, cuts_max);
-        let partial = PARTIAL_BYTES.min(partial_row * outputs).max(partial_row);
+        let kv_heads = config.kv_heads as u64;
+        let cuts = u64::from(cuts_of(size.context_tokens).next_power_of_two());
         Scratch {
             embedded: part(rows * hidden, 2),
-            x: part(rows * hidden, 4),
+            x: [part(rows * hidden, 4), part(rows * hidden, 4)],
             normal: part(rows * hidden, 2),
             normal_wide: part(rows * hidden, 4),
-            qkv: part(rows * (heads + 2 * config.kv_heads as u64) * dim, 4),
+            qkv: part(rows * (heads + 2 * kv_heads) * dim, 4),
             attended: part(rows * heads * dim, 2),
             change: part(rows * hidden, 4),
             router_logits: part(rows * experts, 4),
@@ -117,37 +117,36 @@ impl Scratch {
             group_firsts: part(experts + 1, 4),
             inner: part(rows * used * config.intermediate_size as u64, 2),
             results: part(rows * used * hidden, 4),
-            partial: part(partial, 1),
+            partial: part(outputs * heads * cuts * (dim + 2), 4),
+            attend_counters: part(outputs * kv_heads, 4),
+            route_counters: part(outputs + 1, 4),
             head_input: part(outputs * hidden, 2),
             logits: part(outputs * vocabulary, 4),
             choice_partials: part(outputs * vocabulary.div_ceil(CHOICE_CHUNK), CHOICE_BYTES),
             chosen: part(outputs, 8),
             bytes: Bytes(bytes),
-            cuts_max,
         }
     }
-
-    /// Gives the bytes that attention's cuts of one row take.
-    fn partial_row_bytes(config: &Config, cuts: u32) -> u64 {
-        config.heads as u64 * u64::from(cuts) * (config.head_dim as u64 + 2) * 4
-    }
-
-    /// Gives the rows whose cuts there is room for at once.
-    #[must_use]
-    pub fn rows_at_once(&self, config: &Config, cuts: u32) -> u32 {
-        let rows = (self.head_input - self.partial) / Scratch::partial_row_bytes(config, cuts);
-        u32::try_from(rows).unwrap_or(u32::MAX).max(1)
-    }
 }
 
-/// Gives the cuts of attention for a context, rounded up so that few numbers of them occur.
+/// Gives the pieces that attention cuts so many visible positions into.
 #[must_use]
-pub fn cuts_of(last_position: u32, cuts_max: u32) -> u32 {
-    (last_position / CUT_TOKENS + 1).next_power_of_two().min(cuts_max)
+pub fn cuts_of(seen: u32) -> u32 {
+    let mut length = CUT_TOKENS;
+    while u64::from(length) * u64::from(CUTS_MAX) < u64::from(seen) {
+        length *= 2;
+    }
+    seen.div_ceil(length).max(1)
 }
 
-/// Gives the most cuts that a window touches.
-#[must_use]
-pub fn cuts_of_window(window: u32) -> u32 {
-    window.div_ceil(CUT_TOKENS) + 1
+#[cfg(test)]
+mod tests {
+    use super::cuts_of;
+
+    #[test]
+    fn cuts_grow_longer_where_they_would_be_too_many() {
+        for (seen, cuts) in [(0, 1), (1, 1), (128, 1), (129, 2), (8192, 64), (8193, 33), (16_384, 64), (131_072, 64)] {
+            assert_eq!(cuts_of(seen), cuts, "{seen}");
+        }
+    }
 }

@@ -1,0 +1,122 @@
+//! Launches for tokens of prompts. A token's result has the same bits in whichever chunk it is computed.
+
+use super::{Address, Attention, Float, Groups, Kernels, Number};
+use crate::cuda::weights::{Experts, Form, Product};
+use crate::device::DeviceError;
+
+/// Tokens that a block of a product takes at a time, where an expert has many, and where it has few.
+const MANY_TOKENS: u32 = 128;
+const FEW_TOKENS: u32 = 32;
+
+/// Queries that a block of attention takes at a time.
+const ATTENTION_QUERIES: u32 = 128;
+
+impl Kernels {
+    /// Multiplies tokens with matrices; see `matvec`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn matmul(&self, product: &Product, x: u64, out: u64, tokens: u32) -> Result<(), DeviceError> {
+        let arguments = [
+            Address(product.matrices),
+            Number(product.count),
+            Address(x),
+            Number(tokens),
+            Number(product.columns),
+            Address(out),
+            Number(product.rows),
+            Address(product.scale_values),
+        ];
+        let shared = self.many_bytes(product.form, MANY_TOKENS);
+        let grid = [2 * self.card.facts().processors, 1, 1];
+        self.put(&self.form(product.form).matmul, grid, (128, shared), &arguments)
+    }
+
+    /// Judges the experts and groups the tokens' choices by expert.
+    ///
+    /// Shapes: x: [tokens, hidden] f32.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn route(&self, experts: &Experts, x: u64, groups: &Groups, tokens: u32) -> Result<(), DeviceError> {
+        const TILE: u32 = 32;
+        let (logits, chosen) = (Address(groups.logits), Address(groups.chosen));
+        let (count, used) = (Number(experts.count), Number(experts.used));
+        let arguments = [
+            Address(experts.router),
+            Address(experts.router_bias),
+            Address(x),
+            Number(tokens),
+            count,
+            Number(experts.hidden),
+            logits,
+        ];
+        let grid = [tokens.div_ceil(TILE), experts.count.div_ceil(TILE), 1];
+        self.put(&self.router, grid, (256, 0), &arguments)?;
+        let arguments = [logits, Number(tokens), count, used, chosen, Address(groups.weights)];
+        self.put(&self.choose_experts, [tokens.div_ceil(8), 1, 1], (256, 0), &arguments)?;
+        let mut arguments = vec![chosen, Number(tokens), count, used];
+        arguments.extend([groups.count, groups.experts, groups.firsts, groups.slots].map(Address));
+        self.put(&self.group, [1, 1, 1], (1024, 0), &arguments)
+    }
+
+    /// Computes the chosen experts; see `experts`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn experts_many(
+        &self,
+        experts: &Experts,
+        groups: &Groups,
+        (x, inner, out): (u64, u64, u64),
+        tokens: u32,
+    ) -> Result<(), DeviceError> {
+        let lists = [groups.count, groups.experts, groups.firsts, groups.slots].map(Address);
+        let (up, down) = (&experts.gate_up, &experts.down);
+        let is_many = tokens * experts.used >= FEW_TOKENS * experts.count;
+        let (width, blocks) = if is_many { (MANY_TOKENS, 2) } else { (FEW_TOKENS, 4) };
+        let grid = [self.card.facts().processors * blocks, 1, 1];
+        let mut arguments = vec![Address(up.matrices)];
+        arguments.extend(lists);
+        arguments.extend([Address(x), Number(experts.used), Number(up.columns), Number(up.rows)]);
+        arguments.extend([Float(experts.alpha), Float(experts.limit), Address(inner), Address(up.scale_values)]);
+        let kernel = &self.form(up.form).gate_up_many[usize::from(is_many)];
+        self.put(kernel, grid, (128, self.many_bytes(up.form, width)), &arguments)?;
+        let mut arguments = vec![Address(down.matrices)];
+        arguments.extend(lists);
+        arguments.extend([Address(inner), Number(down.columns), Number(down.rows), Address(out)]);
+        arguments.push(Address(down.scale_values));
+        let kernel = &self.form(down.form).down_many[usize::from(is_many)];
+        self.put(kernel, grid, (128, self.many_bytes(down.form, width)), &arguments)
+    }
+
+    /// Attends for rows that `rope_write` has rotated and written. `tiles` is the address of (first row, rows) of each
+    /// tile: neighbouring rows of one sequence, at most `tile_rows` of them.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn attend_prompt(&self, attention: &Attention, tiles: (u64, u32)) -> Result<(), DeviceError> {
+        let (heads, cache) = (attention.heads, &attention.cache);
+        let mut arguments = vec![Address(attention.qkv), Number(heads.query), Number(cache.window)];
+        arguments.extend(attention.cached());
+        arguments.extend([attention.sinks, tiles.0, attention.out].map(Address));
+        let wide = if heads.dim <= 64 { 64 } else { 128 };
+        let stages = if self.is_turing() { 1 } else { 2 };
+        let shared = ATTENTION_QUERIES * wide * 2 + stages * 16384 + stages * 8192 / wide * 4 + 512;
+        self.put(&self.attend_prompt, [tiles.1, heads.kv, 1], (128, shared), &arguments)
+    }
+
+    /// Gives the shared memory of a product that takes `tokens` tokens at a time.
+    fn many_bytes(&self, form: Form, tokens: u32) -> u32 {
+        if self.is_turing() {
+            return tokens.min(64) * 132 + 16384 + 1024 + 2080;
+        }
+        3 * tokens * 128 + if form == Form::Bf16 { 3 } else { 2 } * 16384 + 2080
+    }
+}
+
+/// Gives the rows of a tile of attention.
+#[must_use]
+pub fn tile_rows(query_heads: usize, kv_heads: usize) -> u32 {
+    (ATTENTION_QUERIES / (query_heads / kv_heads).max(1) as u32).max(1)
+}
