@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bulkhead_shared::message::{DeviceChoice, LoadPlan};
+use bulkhead_shared::message::{DeviceChoice, KvType, LoadPlan};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum};
 use safetensors::tensor::TensorView;
@@ -264,6 +264,8 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
         context_tokens: length,
         sequences_max: 1,
         kv_bytes: Bytes(0),
+        device_budget: Bytes(0),
+        kv_type: KvType::Bf16,
         step_delay_ms: 0,
     };
     let (mut backend, _) = place(config, weights, cpu, &plan, &mut |_, _, _| {})?;
