@@ -76,7 +76,7 @@ impl WorkerExit {
             WorkerExit::OutOfDeviceMemory => "out of device memory",
             WorkerExit::OutOfHostMemory => "out of host memory",
             WorkerExit::DriverPoisoned => "the driver reported an error that only a new process clears",
-            WorkerExit::DeviceLost => "the device is lost",
+            WorkerExit::DeviceLost => "the device is lost: a restart of the worker will not help",
             WorkerExit::NonFinite => "the model produced a value that is not a number",
             WorkerExit::Protocol => "the supervisor broke the protocol",
             WorkerExit::SandboxIncomplete => "a sandbox layer could not be put in force",

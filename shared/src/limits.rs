@@ -2,6 +2,8 @@
 //!
 //! Reaching one of these is a normal outcome with an error of its own, never a truncation.
 
+use crate::units::Bytes;
+
 /// Bytes of the body of one HTTP request, at most. The supervisor answers 413 above it.
 pub const BODY_BYTES_MAX: usize = 8 * MIB;
 
@@ -50,6 +52,9 @@ pub const WORKER_REQUESTS_MAX: usize = 64;
 
 /// Bytes of a message for people that crosses in a frame (a load error, a failure), at most.
 pub const DETAIL_BYTES_MAX: usize = 4096;
+
+/// Bytes that a worker holds on a card, at most, unless the configuration says otherwise.
+pub const DEVICE_BUDGET_MAX: Bytes = Bytes(22 << 30);
 
 const MIB: usize = 1024 * 1024;
 

@@ -8,7 +8,7 @@
 use bincode::{Decode, Encode};
 
 use crate::generate::Generate;
-use crate::limits::DETAIL_BYTES_MAX;
+use crate::limits::{DETAIL_BYTES_MAX, DEVICE_BUDGET_MAX};
 use crate::units::{Bytes, RequestId};
 
 /// The version of everything in this crate. Both sides come from one build; a difference is refused at `Hello`.
@@ -139,6 +139,17 @@ pub enum DeviceChoice {
     Cpu,
     /// A CUDA card by its number.
     Cuda(u32),
+}
+
+/// Gives what a worker may hold on a card of this size: what was asked for, or the smaller of 22 GiB and nine tenths of
+/// the card; never more than the card has.
+#[must_use]
+pub fn device_budget(asked: Bytes, card: Bytes) -> Bytes {
+    match asked {
+        // Dividing first keeps the product in range; nine bytes less are no loss.
+        Bytes(0) => DEVICE_BUDGET_MAX.min(Bytes(card.0 / 10 * 9)),
+        asked => asked.min(card),
+    }
 }
 
 /// How keys and values of past tokens are kept.
@@ -324,6 +335,20 @@ pub fn detail(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_budget_is_a_share_of_the_card_with_a_bound() {
+        const GIB: u64 = 1 << 30;
+        for (asked, card, expected) in [
+            (0, 10 * GIB, 9 * GIB),
+            (0, 24 * GIB, 24 * GIB / 10 * 9),
+            (0, 80 * GIB, 22 * GIB),
+            (70 * GIB, 80 * GIB, 70 * GIB),
+            (90 * GIB, 80 * GIB, 80 * GIB),
+        ] {
+            assert_eq!(device_budget(Bytes(asked), Bytes(card)), Bytes(expected), "{asked} of {card}");
+        }
+    }
 
     #[test]
     fn a_long_detail_is_cut_between_characters() {

@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::KvType;
+use bulkhead_shared::units::Bytes;
 
 use layers::Settings;
 pub(crate) use layers::edits;
@@ -46,6 +47,13 @@ pub(crate) const KEYS: &[Key] = &[
     key("model_id", Kind::Text, "", "name of the model in the API [the folder's name]"),
     key("aliases", Kind::List, "", "further names of the model in the API"),
     key("device", Kind::Text, "auto", "where to compute: auto, cpu or cuda:N"),
+    key("device_memory", Kind::Text, "0", "most that is held on a card, such as 16GiB; 0: 22 GiB or 90 % of the card"),
+    key(
+        "kv_cache_type",
+        KV_CACHE,
+        "bf16",
+        "how keys and values are kept: bf16, or int8 (on a card) for half the memory",
+    ),
     key("threads", Kind::Number { min: 0, max: 1024 }, "0", "threads that compute; 0: one for each core"),
     key("context_tokens", CONTEXT, "0", "tokens of prompt and answer together; 0: the model's own limit"),
     key("sequences_max", SEQUENCES, "8", "requests that are computed at the same time"),
@@ -56,6 +64,7 @@ pub(crate) const KEYS: &[Key] = &[
     key("load_timeout", Kind::Duration { min: TENTH, max: DAY }, "60s", "time for which a load may stand still"),
     key("hang_timeout", Kind::Duration { min: TENTH, max: DAY }, "30s", "time for which a worker may stand still"),
     key("worker", Kind::Path, "", "the worker's executable [bulkhead-worker beside this one]"),
+    key("worker_cuda", Kind::Path, "", "the executable for cards [bulkhead-worker-cuda beside this one]"),
     key("runtime_dir", Kind::Path, "", "folder of the admin socket [$XDG_RUNTIME_DIR/bulkhead or like it]"),
     key("log.format", Kind::Choice(&["human", "json"]), "human", "form of the log"),
     key("log.level", Kind::Choice(&["error", "warn", "info", "debug", "trace"]), "info", "least level of the log"),
@@ -64,7 +73,10 @@ pub(crate) const KEYS: &[Key] = &[
 ];
 
 const CONTEXT: Kind = Kind::Number { min: 0, max: CONTEXT_TOKENS_MAX as u64 };
+const KV_CACHE: Kind = Kind::Choice(&[KvType::Bf16.as_str(), KvType::Int8.as_str()]);
 const SEQUENCES: Kind = Kind::Number { min: 1, max: WORKER_REQUESTS_MAX as u64 };
+const DEVICE_MEMORY_MIN: Bytes = Bytes(256 << 20);
+const DEVICE_MEMORY_MAX: Bytes = Bytes(1 << 42);
 const QUEUE_BYTES: Kind = Kind::Number { min: 1 << 20, max: 1 << 40 };
 const ZERO: Duration = Duration::ZERO;
 const TENTH: Duration = Duration::from_millis(100);
@@ -83,9 +95,11 @@ pub struct Config {
     /// Its further names.
     pub aliases: Vec<String>,
     /// Where to compute.
-    pub device: DeviceChoice,
-    /// Why there, where nobody said so.
-    pub device_reason: Option<&'static str>,
+    pub device: DeviceSetting,
+    /// What may be held on a card; 0 is a share of it.
+    pub device_memory: Bytes,
+    /// How keys and values are kept.
+    pub kv_cache_type: KvType,
     /// Threads that compute; 0 lets the worker count.
     pub threads: u32,
     /// Context to serve; 0 takes the model's own.
@@ -106,6 +120,8 @@ pub struct Config {
     pub hang_timeout: Duration,
     /// The worker's executable.
     pub worker: PathBuf,
+    /// The executable of the worker for cards, which need not be there.
+    pub worker_cuda: PathBuf,
     /// The folder of the admin socket.
     pub runtime_dir: PathBuf,
     /// The form of the log.
@@ -114,6 +130,17 @@ pub struct Config {
     pub log_level: LogLevel,
     /// For tests: milliseconds added to each step.
     pub step_delay_ms: u32,
+}
+
+/// Where to compute, as people say it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceSetting {
+    /// On the first card that can be used, else on the processor.
+    Auto,
+    /// On the processor.
+    Cpu,
+    /// On the CUDA card of this number.
+    Cuda(u32),
 }
 
 /// The form of the log.
@@ -263,8 +290,13 @@ impl Settings {
             );
             faults.push(self.fault("listen", reason));
         }
-        let (device, device_reason) =
-            self.check("device", faults, || parse_device(self.text("device")), (DeviceChoice::Cpu, None));
+        let device = self.check("device", faults, || parse_device(self.text("device")), DeviceSetting::Auto);
+        let memory = self.check("device_memory", faults, || parse_memory(self.text("device_memory")), Bytes(0));
+        let kv_cache_type = if self.text("kv_cache_type") == "int8" { KvType::Int8 } else { KvType::Bf16 };
+        if device == DeviceSetting::Cpu && kv_cache_type == KvType::Int8 {
+            let reason = "int8 is for a CUDA card and device is cpu: set it to bf16".to_owned();
+            faults.push(self.fault("kv_cache_type", reason));
+        }
         if self.number("faults.step_delay_ms") > 0 && !self.flag("allow_faults") {
             let reason = "is for tests and is refused without --allow-faults".to_owned();
             faults.push(self.fault("faults.step_delay_ms", reason));
@@ -282,7 +314,8 @@ impl Settings {
             model_id,
             aliases: self.list("aliases"),
             device,
-            device_reason,
+            device_memory: memory,
+            kv_cache_type,
             threads: self.small("threads"),
             context_tokens: self.small("context_tokens"),
             sequences_max: self.small("sequences_max"),
@@ -293,6 +326,7 @@ impl Settings {
             load_timeout: self.duration("load_timeout"),
             hang_timeout: self.duration("hang_timeout"),
             worker: self.path("worker").unwrap_or_else(paths::worker),
+            worker_cuda: self.path("worker_cuda").unwrap_or_else(paths::worker_cuda),
             runtime_dir: self.path("runtime_dir").unwrap_or_else(|| paths::runtime_dir(environment)),
             log_format: if self.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Human },
             log_level: LogLevel(self.text("log.level").to_owned()),
@@ -318,6 +352,7 @@ impl Settings {
             ("model", config.model.display().to_string()),
             ("model_id", config.model_id.clone()),
             ("worker", config.worker.display().to_string()),
+            ("worker_cuda", config.worker_cuda.display().to_string()),
             ("runtime_dir", config.runtime_dir.display().to_string()),
         ]
         .into();
@@ -346,16 +381,31 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     numeric.parse().map_err(|_| format!("{text:?} is not an address with a port, such as 127.0.0.1:8000 or [::1]:8000"))
 }
 
-fn parse_device(text: &str) -> Result<(DeviceChoice, Option<&'static str>), String> {
-    match text {
-        "cpu" => Ok((DeviceChoice::Cpu, None)),
-        "auto" => Ok((DeviceChoice::Cpu, Some("no CUDA worker is installed"))),
-        _ => match text.strip_prefix("cuda:").map(str::parse::<u32>) {
-            Some(Ok(_)) => {
-                Err(format!("no CUDA worker is installed: {text} cannot be used, this build computes on the CPU only"))
-            }
-            Some(Err(_)) | None => Err(format!("{text:?} is not a device: use auto, cpu or cuda:N, such as cuda:0")),
-        },
+fn parse_device(text: &str) -> Result<DeviceSetting, String> {
+    let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+    match (text, number) {
+        ("auto", _) => Ok(DeviceSetting::Auto),
+        ("cpu", _) => Ok(DeviceSetting::Cpu),
+        (_, Some(number)) => Ok(DeviceSetting::Cuda(number)),
+        (_, None) => Err(format!("{text:?} is not a device: use auto, cpu or cuda:N, such as cuda:0")),
+    }
+}
+
+/// Reads an amount of memory: a number of MiB or GiB, whole or with decimals, or 0.
+fn parse_memory(text: &str) -> Result<Bytes, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let unit = match text[digits..].trim() {
+        "GiB" => Some(1u64 << 30),
+        "MiB" => Some(1 << 20),
+        "" if text == "0" => Some(0),
+        _ => None,
+    };
+    let bytes = |unit: u64| text[..digits].parse::<f64>().ok().map(|number| (number * unit as f64) as u64);
+    match unit.and_then(bytes) {
+        Some(bytes) if bytes == 0 && text == "0" => Ok(Bytes(0)),
+        Some(bytes) if (DEVICE_MEMORY_MIN..=DEVICE_MEMORY_MAX).contains(&Bytes(bytes)) => Ok(Bytes(bytes)),
+        Some(bytes) => Err(format!("{} is not from {DEVICE_MEMORY_MIN} to {DEVICE_MEMORY_MAX}", Bytes(bytes))),
+        None => Err(format!("{text:?} is not an amount of memory: use a number with GiB or MiB, such as 16GiB, or 0")),
     }
 }
 

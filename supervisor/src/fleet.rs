@@ -7,6 +7,7 @@ use tokio::sync::watch;
 
 use crate::child::Status;
 use crate::child::lifecycle::State;
+use crate::device::Devices;
 use crate::limits::SLUGGISH_AFTER;
 use crate::tickets::Tickets;
 
@@ -17,8 +18,8 @@ pub struct Fleet {
     pub model_id: String,
     /// Its further names.
     pub aliases: Vec<String>,
-    /// Why it runs where it runs, where nobody said so.
-    pub device_reason: Option<&'static str>,
+    /// Where it computes.
+    pub devices: Devices,
     /// When the supervisor took it on, in seconds since 1970.
     pub created: u64,
     /// The requests for it.
@@ -55,12 +56,12 @@ impl Fleet {
     pub fn new(
         model_id: String,
         aliases: Vec<String>,
-        device_reason: Option<&'static str>,
+        devices: Devices,
         status: watch::Receiver<Status>,
         tickets: Arc<Tickets>,
     ) -> Fleet {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        Fleet { model_id, aliases, device_reason, created, tickets, status }
+        Fleet { model_id, aliases, devices, created, tickets, status }
     }
 
     /// Finds the model of a name; without a name, the default one.

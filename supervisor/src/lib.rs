@@ -8,11 +8,13 @@
 pub mod admin;
 pub mod child;
 pub mod config;
+pub mod device;
 pub mod fleet;
 pub mod http;
 pub mod journal;
 mod limits;
 pub mod logging;
+pub mod nvml;
 pub mod queue;
 mod random;
 pub mod request;

@@ -61,6 +61,21 @@ pub(crate) const DEATHS_MAX: u32 = 5;
 /// Kills from outside in a row, before the worker was running, after which it is given up.
 pub(crate) const START_KILLS_MAX: u32 = 20;
 
+/// Time for the CUDA worker to list its devices: a driver that wakes a card takes seconds.
+pub(crate) const PROBE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Bytes of that list, and of what is said in its place, at most.
+pub(crate) const PROBE_BYTES_MAX: usize = 64 * 1024;
+
+/// Time between two readings of a card's memory.
+pub(crate) const MEMORY_SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Time between two readings while the memory of an ended worker is waited for.
+pub(crate) const MEMORY_POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Time for the driver to take back the memory of an ended worker.
+pub(crate) const MEMORY_WAIT_MAX: Duration = Duration::from_secs(5);
+
 /// Bytes of one line on the admin socket, at most.
 pub(crate) const ADMIN_LINE_BYTES_MAX: usize = 64 * 1024;
 
@@ -70,6 +85,7 @@ pub(crate) const ADMIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections on the admin socket, at most.
 pub(crate) const ADMIN_CONNECTIONS_MAX: usize = 16;
 
+const _: () = assert!(PROBE_TIMEOUT.as_millis() + MEMORY_WAIT_MAX.as_millis() < START_TIMEOUT.as_millis());
 const _: () = assert!(DRAIN_BYTES_MAX > BODY_BYTES_MAX);
 const _: () = assert!(ANSWER_BYTES_MAX > DELTA_TEXT_BYTES_MAX);
 const _: () = assert!(BACKOFF_MIN.as_millis() < BACKOFF_MAX.as_millis());

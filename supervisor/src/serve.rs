@@ -2,9 +2,10 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
-use bulkhead_shared::message::{KvType, LoadPlan};
+use bulkhead_shared::message::{DeviceChoice, LoadPlan};
 use bulkhead_shared::units::Bytes;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, watch};
@@ -18,6 +19,7 @@ use crate::child::lifecycle::Settings;
 use crate::child::spawn::Spawner;
 use crate::config::paths::{self, PathError};
 use crate::config::{Config, Loaded};
+use crate::device::{Answer, Devices, Programs, Refused};
 use crate::fleet::Fleet;
 use crate::http;
 use crate::limits::{BACKOFF_MAX, BACKOFF_MIN, DEATHS_MAX, START_KILLS_MAX, START_TIMEOUT, STOP_TIMEOUT};
@@ -45,6 +47,9 @@ pub enum StartError {
     /// The admin socket cannot be opened.
     #[error(transparent)]
     Admin(#[from] AdminError),
+    /// The device cannot be used.
+    #[error(transparent)]
+    Device(#[from] Refused),
     /// The system refuses something that every process gets.
     #[error("cannot {what}: {source}")]
     System {
@@ -79,13 +84,17 @@ pub async fn serve(loaded: Loaded) -> Result<Ended, StartError> {
     let mut signals = Signals::new().map_err(|source| StartError::System { what: "take over signals", source })?;
     info!(address = %doors.address, model = config.model_id, folder = doors.model_dir, "bulkhead serves");
     warnings.iter().for_each(|warning| warn!("{warning}"));
-    if let Some(reason) = config.device_reason {
-        info!(reason, "the model computes on the CPU");
-    }
     let shutdown_timeout = config.shutdown_timeout;
+    let devices = doors.devices.clone();
     let running = Running::start(config, doors);
 
-    let name = signals.next().await;
+    let name = tokio::select! {
+        name = signals.next() => name,
+        refused = devices.refusal() => {
+            running.end(Budget::new(Duration::ZERO)).await;
+            return Err(refused.into());
+        }
+    };
     info!(signal = name, "shutting down: running requests may end, new ones are refused");
     let ended = tokio::select! {
         () = running.end(Budget::new(shutdown_timeout)) => Ended::InOrder,
@@ -104,7 +113,10 @@ struct Doors {
     listener: TcpListener,
     address: SocketAddr,
     admin: AdminSocket,
+    devices: Devices,
     spawner: Spawner,
+    closing: watch::Sender<bool>,
+    is_closing: watch::Receiver<bool>,
 }
 
 impl Doors {
@@ -112,13 +124,19 @@ impl Doors {
         let listening = |source| StartError::Listen { address: config.listen, source };
         let model_dir = paths::check_model(&config.model)?;
         paths::check_worker(&config.worker)?;
+        let (closing, is_closing) = watch::channel(false);
+        let programs = Programs { cpu: config.worker.clone(), cuda: config.worker_cuda.clone() };
+        let devices = Devices::ask(config.device, programs, is_closing.clone());
+        if let Answer::Refused(refused) = devices.now() {
+            return Err(refused.into());
+        }
         let listener = TcpListener::bind(config.listen).await.map_err(listening)?;
         let address = listener.local_addr().map_err(listening)?;
         paths::make_runtime_dir(&config.runtime_dir)?;
         let admin = admin::server::open(&config.runtime_dir)?;
-        let spawner = Spawner::new(config.worker.clone());
+        let spawner = Spawner::new(devices.clone(), config.device_memory);
         let spawner = spawner.map_err(|source| StartError::System { what: "start a thread", source })?;
-        Ok(Doors { model_dir, listener, address, admin, spawner })
+        Ok(Doors { model_dir, listener, address, admin, devices, spawner, closing, is_closing })
     }
 }
 
@@ -140,16 +158,15 @@ impl Running {
         let tickets = Tickets::new(bounds(&config), config.request_timeout);
         let plan = plan(&config, doors.model_dir);
         let child = child::start(doors.spawner.clone(), plan, settings(&config));
-        let fleet = Fleet::new(config.model_id, config.aliases, config.device_reason, child.status, tickets.clone());
+        let fleet = Fleet::new(config.model_id, config.aliases, doors.devices, child.status, tickets.clone());
         let fleet = Arc::new(fleet);
-        let (closing, is_closing) = watch::channel(false);
         let router = http::router(fleet.clone(), doors.address);
         let (admin_open, is_open) = mpsc::channel::<()>(1);
         Running {
             child_stop: child.stop,
             child: tokio::spawn(tickets.clone().run(child.commands, child.reports)),
-            closing,
-            http: tokio::spawn(http::server::serve(doors.listener, router, is_closing)),
+            closing: doors.closing,
+            http: tokio::spawn(http::server::serve(doors.listener, router, doors.is_closing)),
             admin_open,
             admin: tokio::spawn(doors.admin.serve(fleet, is_open)),
             tickets,
@@ -185,7 +202,10 @@ fn bounds(config: &Config) -> Bounds {
 fn plan(config: &Config, model_dir: String) -> LoadPlan {
     LoadPlan {
         model_dir,
-        device: config.device,
+        // Decided when a worker is started, as is what it may hold there.
+        device: DeviceChoice::Cpu,
+        device_budget: config.device_memory,
+        kv_type: config.kv_cache_type,
         threads: config.threads,
         context_tokens: config.context_tokens,
         sequences_max: config.sequences_max,

@@ -249,7 +249,7 @@ fn what_cannot_start_says_so_in_one_line_and_exits_with_2() {
         (&["--model", "/tmp"], "has no config.json"),
         (&["--worker", "/nowhere/worker"], "worker /nowhere/worker does not exist"),
         (&["--worker", "/dev/null"], "is not an executable file"),
-        (&["--device", "cuda:0"], "no CUDA worker is installed"),
+        (&["--device", "cuda:0", "--worker-cuda", "/nowhere/worker"], "no CUDA worker is installed (/nowhere/worker"),
         (&["--config", config.as_str()], "bad.toml:1: unknown setting \"queue_mx\", did you mean \"queue_max\"?"),
         (&["--runtime-dir", other_dir.as_str()], "another bulkhead uses"),
     ] {

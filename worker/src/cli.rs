@@ -5,9 +5,11 @@
 use std::process::ExitCode;
 
 use bulkhead_shared::exit::WorkerExit;
-use clap::{Parser, Subcommand};
+use bulkhead_shared::message::DeviceChoice;
+use clap::{Args, Parser, Subcommand};
 use tracing::error;
 
+use crate::device::parse_device;
 use crate::{bench, eval, plan, sandbox, serve};
 
 /// The process that holds a model. `bulkhead` starts it; by hand it computes logits for comparison,
@@ -22,7 +24,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve a model to the supervisor at the other end of standard input.
-    Serve,
+    Serve(ServeArgs),
     /// Compute the logits of a prompt and write them to a file.
     Eval(eval::EvalArgs),
     /// Measure how fast a model computes here, and how much of the memory's bandwidth that uses.
@@ -34,11 +36,19 @@ enum Command {
     Plan(plan::PlanArgs),
 }
 
+/// The arguments of `serve`.
+#[derive(Args, Clone, Copy, Debug)]
+struct ServeArgs {
+    /// Where the model will compute: cpu or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    device: DeviceChoice,
+}
+
 /// Does what the arguments of the process say, and gives its exit code.
 pub fn main() -> ExitCode {
     end_at_panic();
     match Cli::parse().command {
-        Command::Serve => serve(),
+        Command::Serve(args) => serve(args.device),
         Command::Eval(args) => end_by_hand(eval::run(&args)),
         #[cfg(feature = "cuda")]
         Command::Devices(args) => end_by_hand(crate::cuda::devices::run(&args, &mut std::io::stdout())),
@@ -58,7 +68,7 @@ fn end_by_hand(result: Result<(), impl std::fmt::Display>) -> ExitCode {
     }
 }
 
-fn serve() -> ExitCode {
+fn serve(device: DeviceChoice) -> ExitCode {
     // The supervisor puts time and incarnation in front of each line that it carries on.
     let format = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).without_time();
     format.with_max_level(tracing::Level::INFO).with_target(false).init();
@@ -67,7 +77,7 @@ fn serve() -> ExitCode {
             error!(%refused, "the worker does not start");
             WorkerExit::SandboxIncomplete
         }
-        Ok(proof) => match serve::run(&proof) {
+        Ok(proof) => match serve::run(&proof, device) {
             Ok(()) => WorkerExit::Orderly,
             Err(end) => {
                 error!(%end, "the worker ends");

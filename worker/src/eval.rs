@@ -264,6 +264,8 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
         context_tokens: length,
         sequences_max: 1,
         kv_bytes: Bytes(0),
+        device_budget: Bytes(0),
+        kv_type: KvType::Bf16,
         step_delay_ms: 0,
         device_budget: Bytes(0),
         kv_type: KvType::Bf16,

@@ -7,14 +7,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
-use bulkhead_shared::message::{DeviceChoice, KvType, LoadPlan};
+use bulkhead_shared::message::{DeviceChoice, KvType, LoadPlan, device_budget};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum, value_parser};
 use serde::Serialize;
 
 use crate::checkpoint::limits::CONFIG_BYTES_MAX;
 use crate::checkpoint::{Checkpoint, CheckpointError, read_limited};
-use crate::memory::card::{CardLimits, CardPlan, WeightSizes, card_budget, plan_card, sizes_in, sizes_of};
+use crate::memory::card::{CardLimits, CardPlan, WeightSizes, plan_card, sizes_in, sizes_of};
 use crate::memory::{PlanError, available_memory};
 use crate::model::config::{Config, ConfigError, Quantization};
 
@@ -30,13 +30,16 @@ const GIB: f64 = (1u64 << 30) as f64;
 #[derive(Args, Clone, Debug)]
 pub struct PlanArgs {
     /// The model folder; only the headers of its files are read
-    #[arg(long, value_name = "DIR", required_unless_present = "config")]
+    #[arg(value_name = "MODEL", required_unless_present_any = ["model", "config"])]
+    pub folder: Option<PathBuf>,
+    /// The model folder too
+    #[arg(long, value_name = "DIR", conflicts_with = "folder", hide = true)]
     pub model: Option<PathBuf>,
     /// A config.json alone, in place of a folder
-    #[arg(long, value_name = "CONFIG.json", conflicts_with = "model")]
+    #[arg(long, value_name = "CONFIG.json", conflicts_with_all = ["folder", "model"])]
     pub config: Option<PathBuf>,
     /// The format of the weights of --config [what config.json says]
-    #[arg(long, value_enum, conflicts_with = "model")]
+    #[arg(long, value_enum, conflicts_with_all = ["folder", "model"])]
     pub format: Option<WeightFormat>,
     /// Memory of the card; may be given several times [8 12 16 24]
     #[arg(long, value_name = "GIB", value_parser = parse_gib, num_args = 1..)]
@@ -120,7 +123,7 @@ pub fn run(args: &PlanArgs, out: &mut impl io::Write) -> Result<(), PlanCommandE
     let mut rows = Vec::new();
     for card in cards {
         for context in contexts {
-            let budget = card_budget(args.budget.map_or(Bytes(0), bytes), bytes(*card));
+            let budget = device_budget(args.budget.map_or(Bytes(0), bytes), bytes(*card));
             let limits = CardLimits { budget, host_available };
             let asked = wishes(args, *context);
             let plan = plan_card(&model.config, &model.sizes, &asked, asked.kv_type, limits);
@@ -163,7 +166,7 @@ struct Model {
 
 impl Model {
     fn read(args: &PlanArgs) -> Result<Model, PlanCommandError> {
-        let (path, config, sizes) = match (&args.model, &args.config) {
+        let (path, config, sizes) = match (args.folder.as_ref().or(args.model.as_ref()), &args.config) {
             (_, Some(file)) => {
                 let config = Config::parse(&read_limited(file, CONFIG_BYTES_MAX)?, &file.display().to_string())?;
                 let format = match args.format {
@@ -176,7 +179,7 @@ impl Model {
                 (file.as_path(), config, sizes)
             }
             (folder, None) => {
-                let folder = folder.as_deref().unwrap_or(Path::new("."));
+                let folder = folder.map_or(Path::new("."), PathBuf::as_path);
                 let checkpoint = Checkpoint::open(folder)?;
                 let config = Config::read(folder)?;
                 let sizes = sizes_in(&checkpoint, &config)?;

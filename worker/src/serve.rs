@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
-use bulkhead_shared::message::{FromWorker, LoadPlan, PROTOCOL_VERSION, ToWorker, detail};
+use bulkhead_shared::message::{DeviceChoice, FromWorker, LoadPlan, PROTOCOL_VERSION, ToWorker, detail};
 use bulkhead_shared::units::{Bytes, RequestId};
 use crossbeam_channel::Sender;
 use tracing::{error, info, warn};
@@ -39,6 +39,14 @@ pub enum ServeError {
     /// More requests at once than agreed.
     #[error("the supervisor sent more than {WORKER_REQUESTS_MAX} requests at once")]
     TooManyRequests,
+    /// A plan for another device than the one that was named when the worker was started.
+    #[error("the plan is for {planned:?}, and the worker was started for {started_for:?}")]
+    OtherDevice {
+        /// By the command line, before the walls.
+        started_for: DeviceChoice,
+        /// By the plan.
+        planned: DeviceChoice,
+    },
     /// The load.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -55,7 +63,10 @@ impl ServeError {
     #[must_use]
     pub fn exit(&self) -> WorkerExit {
         match self {
-            ServeError::Link(_) | ServeError::OutOfTurn(_) | ServeError::TooManyRequests => WorkerExit::Protocol,
+            ServeError::Link(_)
+            | ServeError::OutOfTurn(_)
+            | ServeError::TooManyRequests
+            | ServeError::OtherDevice { .. } => WorkerExit::Protocol,
             ServeError::Load(error) => error.exit(),
             ServeError::Thread(_) => WorkerExit::OutOfHostMemory,
             ServeError::Engine(EngineError::NonFinite(_)) => WorkerExit::NonFinite,
@@ -72,17 +83,20 @@ struct Prepared {
     ready: FromWorker,
 }
 
-/// Serves one model until the supervisor closes the link.
+/// Serves one model on this device until the supervisor closes the link.
 ///
 /// Blocking: for the life of the worker.
 ///
 /// # Errors
 /// Each names what ended the worker; `exit` gives its code.
-pub fn run(proof: &Sandboxed) -> Result<(), ServeError> {
+pub fn run(proof: &Sandboxed, device: DeviceChoice) -> Result<(), ServeError> {
     let (mut inbound, outbound) = ipc::open(proof)?;
     say(&outbound.outbox, FromWorker::Hello { version: PROTOCOL_VERSION, layers: proof.layers().to_vec() });
     let plan = match inbound.read()? {
-        Some(ToWorker::Load(plan)) => plan,
+        Some(ToWorker::Load(plan)) if plan.device == device => plan,
+        Some(ToWorker::Load(plan)) => {
+            return Err(ServeError::OtherDevice { started_for: device, planned: plan.device });
+        }
         Some(_) => return Err(ServeError::OutOfTurn("a message before Load")),
         None => return Ok(()),
     };

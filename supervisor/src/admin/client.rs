@@ -69,7 +69,8 @@ pub fn status(socket: &Path) -> Result<Value, ClientError> {
     ask(socket, &json!({"command": "status"}))
 }
 
-/// Prints a status for people: one line for each worker in supervisord's form, then the queue.
+/// Prints a status for people: one line for each worker in supervisord's form, below it where that computes and what it
+/// had to give up, then the queue.
 #[must_use]
 pub fn print(status: &Value) -> (String, Outcome) {
     let mut text = String::new();
@@ -80,6 +81,7 @@ pub fn print(status: &Value) -> (String, Outcome) {
             outcome = Outcome::NotRunning;
         }
         text.push_str(&format!("{:<32} {state:<9} {}\n", worker["model"].as_str().unwrap_or("?"), describe(worker)));
+        circumstances(worker).iter().for_each(|line| text.push_str(&format!("{:<32} {line}\n", "")));
     }
     let queue = &status["queue"];
     text.push_str(&format!("{:<32} {} running, {} waiting\n", "queue", queue["running"], queue["waiting"]));
@@ -99,6 +101,18 @@ fn describe(worker: &Value) -> String {
         (_, _, Some(what)) => format!("{process}, {what}"),
         (_, Some(end), None) => format!("{process}, last one {end}"),
     }
+}
+
+/// Tells where a worker computes, why there, and what its memory plan gave up.
+fn circumstances(worker: &Value) -> Vec<String> {
+    let place = match (worker["device"].as_str(), worker["device_reason"].as_str()) {
+        (Some(device), Some(reason)) => Some(format!("on {device}: {reason}")),
+        (Some(device), None) => Some(format!("on {device}")),
+        (None, reason) => reason.map(str::to_owned),
+    };
+    let clauses: Vec<&str> = worker["given_up"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let given_up = (!clauses.is_empty()).then(|| format!("to fit in memory: {}", clauses.join("; ")));
+    place.into_iter().chain(given_up).collect()
 }
 
 fn ask(socket: &Path, request: &Value) -> Result<Value, ClientError> {
@@ -123,6 +137,16 @@ fn ask(socket: &Path, request: &Value) -> Result<Value, ClientError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_tells_where_and_at_what_cost() {
+        let card = json!({"device": "cuda:0", "given_up": ["a smaller context", "the embedding"]});
+        assert_eq!(circumstances(&card), ["on cuda:0", "to fit in memory: a smaller context; the embedding"]);
+        let cpu = json!({"device": "cpu (avx2)", "device_reason": "there is no CUDA device", "given_up": []});
+        assert_eq!(circumstances(&cpu), ["on cpu (avx2): there is no CUDA device"]);
+        assert_eq!(circumstances(&json!({"device_reason": "is asked"})), ["is asked"]);
+        assert!(circumstances(&json!({})).is_empty());
+    }
 
     #[test]
     fn a_status_prints_in_supervisords_form() {

@@ -4,6 +4,7 @@
 //! order of requests, which is the queue's. Invariants: at most one process lives at a time; every process is reaped
 //! before the next one starts; a worker that breaks the protocol is killed; nothing here waits for a client.
 
+mod budget;
 pub mod exit;
 pub mod lifecycle;
 mod link;

@@ -195,6 +195,7 @@ impl Runner {
             FromWorker::Ready(mut facts) => {
                 facts.device = printable(&facts.device);
                 facts.quantization = printable(&facts.quantization);
+                facts.given_up.iter_mut().for_each(|clause| *clause = printable(clause));
                 self.ends.status.send_modify(|status| {
                     status.blocks_free = facts.blocks;
                     status.facts = Some(facts);
@@ -273,6 +274,7 @@ impl Runner {
     }
 
     async fn finish(&mut self, cause: Cause) {
+        let cause = self.spawner.ended(cause);
         let incarnation = self.life.incarnation();
         let requests = self.current.take().map_or(0, |current| current.protocol.outstanding());
         let detail = self.detail.take();
@@ -320,6 +322,7 @@ impl Runner {
             Ok(spawned) => {
                 let pid = spawned.child.id();
                 info!(incarnation, pid, "worker started");
+                (self.plan.device, self.plan.device_budget) = (spawned.device, spawned.device_budget);
                 let link = link::open(spawned.stream);
                 self.current = Some(Incarnation {
                     number: incarnation,

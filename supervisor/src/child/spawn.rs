@@ -1,25 +1,33 @@
 //! Starts worker processes, from one thread that lives as long as the supervisor.
 //!
-//! Owns: the thread, the command line, the descriptors and the environment that a worker gets, and its standard error.
+//! Owns: the thread, what may be held on a card, the command line, the descriptors and the environment that a worker gets, and its standard error.
 //! The thread matters: a worker asks to be killed when its parent ends, and for the kernel the parent is the *thread*
 //! that spawned it. Invariants: a worker inherits nothing but its end of the link (as standard input) and the pipe of
 //! its standard error; its environment is empty.
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use bulkhead_shared::exit::WorkerExit;
+use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::units::Bytes;
 use tokio::io::{AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
+use super::budget::Budget;
+use super::exit::{Cause, KillReason};
+use crate::device::{Answer, Decision, Devices, Refused};
 use crate::limits::{STDERR_LINE_BYTES_MAX, STDERR_LINES_PER_SECOND_MAX};
 use crate::logging::printable;
+use crate::nvml::Sample;
 
 /// Why a worker could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +43,9 @@ pub enum SpawnError {
         /// Why.
         source: io::Error,
     },
+    /// The device that was asked for cannot be used.
+    #[error(transparent)]
+    Device(#[from] Refused),
     /// The thread that starts workers has ended, which only happens when the supervisor ends.
     #[error("the supervisor is ending")]
     Ending,
@@ -45,12 +56,32 @@ pub enum SpawnError {
 pub(crate) struct Spawned {
     pub(crate) child: Child,
     pub(crate) stream: UnixStream,
+    /// Where it is to compute.
+    pub(crate) device: DeviceChoice,
+    /// What it may hold there; 0 on the processor.
+    pub(crate) device_budget: Bytes,
+}
+
+/// What the thread is asked to start.
+#[derive(Debug)]
+struct Order {
+    decision: Arc<Decision>,
+    reply: oneshot::Sender<Result<(Child, UnixStream), SpawnError>>,
+}
+
+/// What must be known from one worker to the next.
+#[derive(Debug)]
+struct History {
+    budget: Budget,
+    started: Instant,
 }
 
 /// The handle on the thread that starts workers.
 #[derive(Clone, Debug)]
 pub struct Spawner {
-    orders: mpsc::Sender<oneshot::Sender<Result<Spawned, SpawnError>>>,
+    orders: mpsc::Sender<Order>,
+    devices: Devices,
+    history: Arc<Mutex<History>>,
 }
 
 impl Spawner {
@@ -61,36 +92,89 @@ impl Spawner {
     ///
     /// # Panics
     /// Outside of a tokio runtime.
-    pub fn new(worker: PathBuf) -> io::Result<Spawner> {
-        let (orders, mut received) = mpsc::channel::<oneshot::Sender<_>>(1);
+    pub fn new(devices: Devices, device_memory: Bytes) -> io::Result<Spawner> {
+        let (orders, mut received) = mpsc::channel::<Order>(1);
         let runtime = tokio::runtime::Handle::current();
         thread::Builder::new().name("spawner".into()).spawn(move || {
             let _guard = runtime.enter();
-            while let Some(reply) = received.blocking_recv() {
+            while let Some(Order { decision, reply }) = received.blocking_recv() {
                 // Whoever asked may have gone; the process then ends when its handle is dropped.
-                drop(reply.send(spawn(&worker)));
+                drop(reply.send(spawn(&decision)));
             }
         })?;
-        Ok(Spawner { orders })
+        let history = History { budget: Budget::new(device_memory), started: Instant::now() };
+        Ok(Spawner { orders, devices, history: Arc::new(Mutex::new(history)) })
     }
 
+    /// Starts a worker, once it is known where it computes and the memory of the one before it has been given back.
     pub(crate) async fn spawn(&self, incarnation: u32) -> Result<Spawned, SpawnError> {
+        let decision = match self.devices.answer().await {
+            Answer::Decided(decision) => decision,
+            Answer::Refused(refused) => return Err(refused.into()),
+            Answer::Open | Answer::Dropped => return Err(SpawnError::Ending),
+        };
+        self.devices.memory.wait_until_free().await;
         let (reply, answer) = oneshot::channel();
-        self.orders.send(reply).await.map_err(|_| SpawnError::Ending)?;
-        let mut spawned = answer.await.map_err(|_| SpawnError::Ending)??;
-        if let Some(stderr) = spawned.child.stderr.take() {
+        let order = Order { decision: decision.clone(), reply };
+        self.orders.send(order).await.map_err(|_| SpawnError::Ending)?;
+        let (mut child, stream) = answer.await.map_err(|_| SpawnError::Ending)??;
+        if let Some(stderr) = child.stderr.take() {
             tokio::spawn(carry_lines(stderr, incarnation));
         }
-        Ok(spawned)
+        if let (Some(pid), Some(_)) = (child.id(), &decision.card) {
+            self.devices.memory.worker_started(pid);
+        }
+        Ok(Spawned { child, stream, device: decision.device, device_budget: self.budget(&decision) })
+    }
+
+    /// Gives what the worker that was just started may hold on its card.
+    fn budget(&self, decision: &Decision) -> Bytes {
+        let Some(card) = &decision.card else { return Bytes(0) };
+        let mut history = self.history();
+        history.started = Instant::now();
+        let budget = history.budget.of_card(Bytes(card.memory_bytes));
+        if history.budget.is_reduced() {
+            warn!(%budget, "the worker gets less of the card: the last one found too little memory there");
+        }
+        budget
+    }
+
+    /// Takes note of the end of a worker, and judges it anew where its card is found to be gone.
+    pub(crate) fn ended(&self, cause: Cause) -> Cause {
+        let mut history = self.history();
+        let lived = history.started.elapsed();
+        history.budget.ended(cause, lived);
+        drop(history);
+        judge(cause, &self.devices.memory.sample())
+    }
+
+    /// A thread that panicked left nothing half done: each critical section only replaces whole values.
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn spawn(worker: &Path) -> Result<Spawned, SpawnError> {
+/// Tells a card that is gone by what NVML shows, where the worker could not say it.
+fn judge(cause: Cause, sample: &Sample) -> Cause {
+    let is_own = matches!(
+        cause,
+        Cause::Exit(WorkerExit::Orderly)
+            | Cause::Killed(KillReason::Protocol | KillReason::Version | KillReason::StopTimeout)
+    );
+    if *sample == Sample::Lost && !is_own { Cause::Exit(WorkerExit::DeviceLost) } else { cause }
+}
+
+fn spawn(decision: &Decision) -> Result<(Child, UnixStream), SpawnError> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(SpawnError::Link)?;
     ours.set_nonblocking(true).map_err(SpawnError::Link)?;
     let stream = UnixStream::from_std(ours).map_err(SpawnError::Link)?;
-    let child = Command::new(worker)
-        .arg("serve")
+    let worker = &decision.program;
+    let mut command = Command::new(worker);
+    command.arg("serve");
+    if decision.card.is_some() {
+        command.args(["--device", &decision.to_string()]);
+    }
+    let child = command
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
@@ -98,8 +182,8 @@ fn spawn(worker: &Path) -> Result<Spawned, SpawnError> {
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .map_err(|source| SpawnError::Program { worker: worker.to_owned(), source })?;
-    Ok(Spawned { child, stream })
+        .map_err(|source| SpawnError::Program { worker: worker.clone(), source })?;
+    Ok((child, stream))
 }
 
 /// Carries a worker's standard error into the log, line by line; a flood is counted instead.
@@ -160,6 +244,23 @@ impl Allowance {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nvml::Memory;
+
+    #[test]
+    fn a_lost_card_is_the_cause_whatever_the_worker_died_of() {
+        const LOST: Cause = Cause::Exit(WorkerExit::DeviceLost);
+        for (cause, sample, expected) in [
+            (Cause::Crash { code: 101 }, Sample::Lost, LOST),
+            (Cause::Exit(WorkerExit::DriverPoisoned), Sample::Lost, LOST),
+            (Cause::Killed(KillReason::Hang), Sample::Lost, LOST),
+            (Cause::Killed(KillReason::StopTimeout), Sample::Lost, Cause::Killed(KillReason::StopTimeout)),
+            (Cause::Exit(WorkerExit::Orderly), Sample::Lost, Cause::Exit(WorkerExit::Orderly)),
+            (Cause::KilledFromOutside, Sample::Unknown, Cause::KilledFromOutside),
+            (Cause::KilledFromOutside, Sample::Memory(Memory::default()), Cause::KilledFromOutside),
+        ] {
+            assert_eq!(judge(cause, &sample), expected, "{cause} {sample:?}");
+        }
+    }
 
     #[test]
     fn a_flood_of_lines_is_counted() {

@@ -11,6 +11,7 @@ use super::Environment;
 pub const DEMO_MODEL_ID: &str = "bulkhead-demo";
 
 const WORKER: &str = "bulkhead-worker";
+const WORKER_CUDA: &str = "bulkhead-worker-cuda";
 const DEMO_IN_SOURCE: &str = "worker/demo-model/checkpoint";
 const DEMO_INSTALLED: &str = "share/bulkhead/demo-model";
 
@@ -48,6 +49,11 @@ pub enum PathError {
 /// Gives the worker beside this executable.
 pub(super) fn worker() -> PathBuf {
     executable().with_file_name(WORKER)
+}
+
+/// Gives the worker for cards beside this executable; it need not be there.
+pub(super) fn worker_cuda() -> PathBuf {
+    executable().with_file_name(WORKER_CUDA)
 }
 
 /// Finds the built-in model: installed beside this executable, in the source tree around it, or in the one it was built

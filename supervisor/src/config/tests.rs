@@ -26,7 +26,9 @@ fn the_defaults_are_as_documented() {
     let config = load_from(&[], &[]).expect("defaults are good").config;
     assert_eq!(config.listen.to_string(), "127.0.0.1:8000");
     assert_eq!((config.model_id.as_str(), config.aliases.len()), ("bulkhead-demo", 0));
-    assert_eq!((config.device, config.sequences_max), (DeviceChoice::Cpu, 8));
+    assert_eq!((config.device, config.sequences_max), (DeviceSetting::Auto, 8));
+    assert_eq!((config.device_memory, config.kv_cache_type), (Bytes(0), KvType::Bf16));
+    assert_eq!(config.worker_cuda.file_name().and_then(|name| name.to_str()), Some("bulkhead-worker-cuda"));
     assert_eq!(config.shutdown_timeout, Duration::from_secs(5));
     assert_eq!(config.worker.file_name().and_then(|name| name.to_str()), Some("bulkhead-worker"));
 }
@@ -78,7 +80,17 @@ fn every_fault_is_reported_at_once_with_its_place() {
 fn single_values_are_judged() {
     for (flag_list, start) in [
         (&["--listen", "0.0.0.0:80"][..], "--listen: listen: 0.0.0.0:80 is not a loopback address"),
-        (&["--device", "cuda:0"], "--device: device: no CUDA worker is installed"),
+        (&["--device-memory", "16"], "--device-memory: device_memory: \"16\" is not an amount of memory"),
+        (&["--device-memory", "16 GB"], "--device-memory: device_memory: \"16 GB\" is not an amount of memory"),
+        (&["--device-memory", "1.5.5GiB"], "--device-memory: device_memory: \"1.5.5GiB\" is not an amount of memory"),
+        (
+            &["--device-memory", "255MiB"],
+            "--device-memory: device_memory: 255.0 MiB is not from 256.0 MiB to 4096.0 GiB",
+        ),
+        (&["--device-memory", "5000GiB"], "--device-memory: device_memory: 5000.0 GiB is not from"),
+        (&["--kv-cache-type", "int4"], "--kv-cache-type: kv_cache_type: \"int4\" is none of bf16, int8"),
+        (&["--device", "cpu", "--kv-cache-type", "int8"], "--kv-cache-type: kv_cache_type: int8 is for a CUDA card"),
+        (&["--device", "gpu"], "--device: device: \"gpu\" is not a device"),
         (&["--device", "cuda:x"], "--device: device: \"cuda:x\" is not a device"),
         (&["--sequences-max", "0"], "--sequences-max: sequences_max: 0 is not from 1 to 64"),
         (&["--hang-timeout", "99ms"], "--hang-timeout: hang_timeout: 99ms is not from 100ms to 86400s"),
@@ -93,6 +105,22 @@ fn single_values_are_judged() {
     assert_eq!(open.config.listen.port(), 80);
     let slow = load_from(&["--allow-faults", "--faults-step-delay-ms", "9"], &[]).expect("was allowed");
     assert_eq!(slow.config.step_delay_ms, 9);
+}
+
+#[test]
+fn a_card_is_described() {
+    for (device, memory, expected) in [
+        ("auto", "0", (DeviceSetting::Auto, Bytes(0))),
+        ("cpu", "256MiB", (DeviceSetting::Cpu, Bytes(256 << 20))),
+        ("cuda:0", "16GiB", (DeviceSetting::Cuda(0), Bytes(16 << 30))),
+        ("cuda:12", "10.5 GiB", (DeviceSetting::Cuda(12), Bytes(21 << 29))),
+    ] {
+        let flag_list = ["--device", device, "--device-memory", memory];
+        let config = load_from(&flag_list, &[]).expect("is good").config;
+        assert_eq!((config.device, config.device_memory), expected);
+    }
+    let small = load_from(&["--device", "cuda:0", "--kv-cache-type", "int8"], &[]).expect("is good").config;
+    assert_eq!(small.kv_cache_type, KvType::Int8);
 }
 
 #[test]

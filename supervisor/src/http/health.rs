@@ -7,11 +7,13 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use bulkhead_shared::units::Bytes;
 use serde_json::{Map, Value, json};
 
 use super::App;
 use crate::child::lifecycle::State as ChildState;
 use crate::fleet::{Fleet, Health};
+use crate::nvml::Sample;
 
 /// Answers 200 when a model can answer, else 503.
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
@@ -22,13 +24,17 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
         Health::Unhealthy(reason) => (StatusCode::SERVICE_UNAVAILABLE, "unhealthy", Some(reason)),
     };
     let worker = worker(&app.fleet);
+    // A worker on the CPU holds no memory of a card, and nobody measures one.
+    let (used, total) = match app.fleet.devices.memory.sample() {
+        Sample::Memory(memory) => (memory.used, memory.total),
+        Sample::Unknown | Sample::Lost => (Bytes(0), Bytes(0)),
+    };
     let (running, waiting) = app.fleet.tickets.lengths();
     let mut body = json!({
         "status": word,
         "model_loaded": worker["state"] == ChildState::Running.as_str(),
-        // A worker on the CPU holds no memory of a card.
-        "gpu_memory_used": 0.0,
-        "gpu_memory_total": 0.0,
+        "gpu_memory_used": used.gib(),
+        "gpu_memory_total": total.gib(),
         "queue": {"running": running, "waiting": waiting},
         "workers": [worker],
     });
@@ -66,7 +72,7 @@ pub(crate) fn worker(fleet: &Fleet) -> Value {
         "last_end": status.last_end,
         "isolation": status.layers.iter().map(|layer| layer.as_str()).collect::<Vec<_>>(),
     });
-    if let Some(reason) = fleet.device_reason {
+    if let Some(reason) = fleet.devices.reason() {
         worker["device_reason"] = reason.into();
     }
     if let Some(progress) = status.progress {

@@ -24,7 +24,7 @@ use bulkhead_shared::frame;
 use bulkhead_shared::generate::{Generate, Message, Prompt};
 use bulkhead_shared::limits::{FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{
-    Facts, Failure, FinishReason, FromWorker, LoadPlan, PROTOCOL_VERSION, Piece, ToWorker, Usage,
+    DeviceChoice, Facts, Failure, FinishReason, FromWorker, LoadPlan, PROTOCOL_VERSION, Piece, ToWorker, Usage,
 };
 use bulkhead_shared::units::{Bytes, RequestId};
 use nix::sys::prctl;
@@ -181,7 +181,12 @@ impl Worker {
             blocks: 100,
             vocabulary: 1000,
             memory: Vec::new(),
-            device: "cpu (fake)".into(),
+            device: match plan.device {
+                DeviceChoice::Cpu => "cpu (fake)".into(),
+                DeviceChoice::Cuda(index) => {
+                    format!("cuda:{index} (fake, {} of {})", plan.device_budget, plan.kv_type.as_str())
+                }
+            },
             quantization: "none".into(),
             given_up: Vec::new(),
         }))

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use bulkhead_shared::message::LoadPlan;
+use bulkhead_shared::message::{LoadPlan, device_budget};
 use bulkhead_shared::units::Bytes;
 
 use self::driver::Card;
@@ -119,7 +119,7 @@ pub fn load(
 ) -> Result<(Backend, Loaded), LoadError> {
     let sizes = sizes_of_loaded(&weights);
     let limits = CardLimits {
-        budget: card::card_budget(plan.device_budget, card.facts().memory),
+        budget: device_budget(plan.device_budget, card.facts().memory),
         host_available: available_memory().unwrap_or(AVAILABLE_DEFAULT),
     };
     let planned = card::plan_card(&config, &sizes, plan, plan.kv_type, limits)?;

@@ -39,9 +39,6 @@ const GENERATED_ROWS_MIN: u32 = 8;
 /// What the driver takes for its context (measured: 518 MiB), the modules and the recorded graphs.
 const RESERVE: Bytes = Bytes(600 << 20);
 
-/// The most that is held on a card unless the configuration says otherwise.
-const BUDGET_MAX: Bytes = Bytes(22 << 30);
-
 const F32: u64 = 4;
 const BF16: u64 = 2;
 
@@ -195,16 +192,6 @@ impl CardPlan {
             quantization: quantization.to_owned(),
             given_up: self.given_up.iter().map(GivenUp::to_string).collect(),
         }
-    }
-}
-
-/// Gives what a worker may hold on a card: what the configuration says, or its share, and never more than the card has.
-#[must_use]
-pub fn card_budget(asked: Bytes, card: Bytes) -> Bytes {
-    match asked {
-        // Dividing first keeps the product in range; nine bytes less are no loss.
-        Bytes(0) => BUDGET_MAX.min(Bytes(card.0 / 10 * 9)),
-        asked => asked.min(card),
     }
 }
 
