@@ -40,6 +40,9 @@ test:
 lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	@if nvcc="$$($(PYTHON) tools/cuda_toolkit.py --no-fetch 2>/dev/null)"; then BULKHEAD_NVCC="$$nvcc" \
+	$(CARGO) clippy --workspace --features bulkhead-worker/cuda --all-targets -- -D warnings; \
+	else echo 'lint: no CUDA compiler is here: the code for cards was not checked'; fi
 	@if $(CARGO) deny --version >/dev/null 2>&1; \
 	then $(CARGO) deny --all-features check; \
 	else echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; fi
