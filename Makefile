@@ -24,14 +24,16 @@ run:
 	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
 	@exec "$${CARGO_TARGET_DIR:-target}/release/bulkhead" serve
 
-# For machines with an NVIDIA card, made on any machine.
+# For machines with an NVIDIA card, made on any machine. Both builds name the same packages, so that what these depend on
+# gets the same features and is built once.
 build-cuda:
 	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
 	@nvcc="$$($(PYTHON) tools/cuda_toolkit.py)" && BULKHEAD_NVCC="$$nvcc" \
-	$(CARGO) build --release --package bulkhead-worker --features cuda --bin bulkhead-worker-cuda
+	$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker \
+	--features bulkhead-worker/cuda --bin bulkhead-worker-cuda
 
 gpu-pack: build-cuda
-	@$(CARGO) build --release --package bulkhead-tests --bin synth-model
+	@$(CARGO) build --release --workspace --bin synth-model
 	@target="$${CARGO_TARGET_DIR:-target}" && $(PYTHON) tests/gpu/pack.py "$$target/release" "$$target/gpu-pack"
 
 test:

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TOOLKIT = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target") / "cuda-toolkit"
+TOOLKIT = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target").resolve() / "cuda-toolkit"
 HOME = pathlib.Path("nvidia") / "cu13"
 WHEELS = ("nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-nvvm==13.0.88",
           "nvidia-cuda-runtime==13.0.96")
