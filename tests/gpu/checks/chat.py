@@ -35,6 +35,8 @@ def health(context):
         if not context.is_cuda:
             return f"{device}"
         card = open_card(context)
+        # The card is measured from time to time, for the first time when the device is chosen.
+        report = service.wait_for("the card is measured", 10, lambda health: health["gpu_memory_used"] > 0 and health)
         used, total = report["gpu_memory_used"], report["gpu_memory_total"]
         if not 0 < used <= total:
             raise Failed(f"gpu_memory_used {used}, gpu_memory_total {total}")

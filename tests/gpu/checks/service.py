@@ -81,6 +81,10 @@ class Service:
             connection.request(method, path, json.dumps(body) if body is not None else None, headers)
             answer = connection.getresponse()
             return answer.status, answer.read().decode("utf-8")
+        except OSError as error:
+            ended = self._process.poll()
+            state = "it runs" if ended is None else f"it ended with {ended}"
+            raise Failed(f"{path}: {error}; {state}: {self.log()}") from error
         finally:
             connection.close()
 
