@@ -6,7 +6,7 @@ PYTHON ?= python3
 FUZZ_SECONDS ?= 120
 MODEL ?= worker/demo-model/checkpoint
 
-.PHONY: help run build-cuda test bench lint fuzz cuda-check
+.PHONY: help run build-cuda gpu-pack test bench lint fuzz cuda-check
 
 help:
 	@echo 'make run    build and serve the built-in model on http://127.0.0.1:8000 until Ctrl-C'
@@ -16,6 +16,7 @@ help:
 	@echo 'make fuzz   run each fuzz target for FUZZ_SECONDS (now $(FUZZ_SECONDS))'
 	@echo 'make cuda-check  compile the CUDA kernels for six architectures (fetches a compiler)'
 	@echo 'make build-cuda  build everything in release mode, bulkhead-worker-cuda too (needs no card; fetches a compiler)'
+	@echo 'make gpu-pack    that, and a folder to run tests/gpu/run.py from on a machine with a card and without Rust'
 
 # The shell becomes the server, so that Ctrl-C and SIGTERM reach it. Not by `cargo run`, which would build the supervisor again
 # with the features that it needs without the worker.
@@ -23,11 +24,17 @@ run:
 	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
 	@exec "$${CARGO_TARGET_DIR:-target}/release/bulkhead" serve
 
-# For machines with an NVIDIA card, made on any machine.
+# For machines with an NVIDIA card, made on any machine. Both builds name the same packages, so that what these depend on
+# gets the same features and is built once.
 build-cuda:
 	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
 	@nvcc="$$($(PYTHON) tools/cuda_toolkit.py)" && BULKHEAD_NVCC="$$nvcc" \
-	$(CARGO) build --release --package bulkhead-worker --features cuda --bin bulkhead-worker-cuda
+	$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker \
+	--features bulkhead-worker/cuda --bin bulkhead-worker-cuda
+
+gpu-pack: build-cuda
+	@$(CARGO) build --release --workspace --bin synth-model
+	@target="$${CARGO_TARGET_DIR:-target}" && $(PYTHON) tests/gpu/pack.py "$$target/release" "$$target/gpu-pack"
 
 test:
 	@$(PYTHON) tests/run.py
@@ -35,6 +42,9 @@ test:
 lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	@if nvcc="$$($(PYTHON) tools/cuda_toolkit.py --no-fetch 2>/dev/null)"; then BULKHEAD_NVCC="$$nvcc" \
+	$(CARGO) clippy --workspace --features bulkhead-worker/cuda --all-targets -- -D warnings; \
+	else echo 'lint: no CUDA compiler is here: the code for cards was not checked'; fi
 	@if $(CARGO) deny --version >/dev/null 2>&1; \
 	then $(CARGO) deny --all-features check; \
 	else echo 'lint: cargo-deny is not installed: licences and advisories were not checked'; fi

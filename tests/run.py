@@ -1,4 +1,4 @@
-"""Runs every test: Rust first, then the clients, then a summary of what passed, failed and was skipped.
+"""Runs every test: Rust, the clients, the code for cards; then a summary of what passed, failed and was skipped.
 
 Needs nothing beside Python's standard library. The clients get a virtual environment inside the build folder; where it
 cannot be made (no network, no venv module) they count as skipped with the reason, and the summary says so. Set
@@ -86,6 +86,23 @@ def rust_tests() -> Part:
     return part
 
 
+def cuda_tests() -> Part:
+    """Runs the unit tests of the code for cards, where a compiler for its kernels is at hand."""
+    part = Part("cuda")
+    tool = [sys.executable, "tools/cuda_toolkit.py", "--no-fetch"]
+    found = subprocess.run(tool, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if found.returncode != 0:
+        part.skipped += 1
+        part.reasons.append("no CUDA compiler is here: make build-cuda fetches one")
+        return part
+    command = [CARGO, "test", "--workspace", "--features", "bulkhead-worker/cuda", "--no-fail-fast", "--lib", "cuda::"]
+    code, text = run(command, env={**os.environ, "BULKHEAD_NVCC": found.stdout.strip()})
+    count_cargo_test(part, text)
+    if part.passed == 0 or (code != 0 and part.failed == 0):
+        return part.fail(f"the runner ended with {code}")
+    return part
+
+
 def count_nextest(part: Part, text: str) -> None:
     """Reads the summary line of cargo-nextest."""
     summaries = re.findall(r"Summary \[.*", re.sub(r"\x1b\[[0-9;]*m", "", text))
@@ -163,6 +180,7 @@ def main() -> int:
     # Without binaries there is nothing that clients could talk to.
     if parts[0].passed:
         parts.append(client_tests())
+        parts.append(cuda_tests())
     print(f"\nSummary after {time.monotonic() - start:.0f} s")
     for part in parts:
         print(f"  {part.name}: {part.passed} passed, {part.failed} failed, {part.skipped} skipped")

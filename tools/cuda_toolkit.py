@@ -1,7 +1,8 @@
-"""Prints the path of an nvcc that compiles the kernels: the one of CUDA_HOME or PATH, or else of NVIDIA's Python wheels.
+"""Prints the path of an nvcc that compiles the kernels: CUDA_HOME's or PATH's, or else that of NVIDIA's Python wheels.
 
-Usage: python3 tools/cuda_toolkit.py. The wheels are fetched once, with pip, into target/cuda-toolkit (150 MB). They hold
-a compiler and the headers that it includes unasked, no library; no card is needed. nvcc calls the machine's own g++.
+Usage: python3 tools/cuda_toolkit.py [--no-fetch]. With --no-fetch it ends with 1 where there is none yet. The wheels are
+fetched once, with pip, into target/cuda-toolkit (150 MB). They hold a compiler and the headers that it includes unasked,
+no library; no card is needed. nvcc calls the machine's own g++.
 """
 
 import os
@@ -13,7 +14,7 @@ import tempfile
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TOOLKIT = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target") / "cuda-toolkit"
+TOOLKIT = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target").resolve() / "cuda-toolkit"
 HOME = pathlib.Path("nvidia") / "cu13"
 WHEELS = ("nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-nvvm==13.0.88",
           "nvidia-cuda-runtime==13.0.96")
@@ -27,12 +28,14 @@ def find_nvcc():
     if shutil.which("nvcc"):
         return pathlib.Path(shutil.which("nvcc"))
     if not (TOOLKIT / HOME / "bin" / "nvcc").is_file():
+        if "--no-fetch" in sys.argv:
+            sys.exit("no CUDA compiler here")
         fetch()
     return TOOLKIT / HOME / "bin" / "nvcc"
 
 
 def fetch():
-    """Unpacks the wheels beside their place and moves them there whole, so that a break leaves nothing that looks done."""
+    """Unpacks the wheels beside their place and moves them there whole: a break leaves nothing that looks done."""
     print("fetching a CUDA compiler (150 MB, once)", file=sys.stderr)
     TOOLKIT.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=TOOLKIT.parent, prefix="cuda-toolkit-") as folder:

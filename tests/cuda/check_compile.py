@@ -17,18 +17,26 @@ from cuda_toolkit import find_nvcc
 
 KERNELS = ROOT / "worker" / "kernels"
 README = KERNELS / "README.md"
-SOURCES = ("matvec", "moe", "norm", "decode", "sample")
 ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
 BEGIN, END = "<!-- registers: begin -->\n", "<!-- registers: end -->\n"
+
+
+def modules():
+    """Lists the modules as worker/build/kernels.rs does: the sources that no other one includes."""
+    sources = {source.name: source.read_text() for source in KERNELS.glob("*.cu")}
+    parts = {name for text in sources.values() for name in re.findall(r'^#include "(.*)"', text, flags=re.MULTILINE)}
+    return sorted(name.removesuffix(".cu") for name in sources if name not in parts)
 
 
 def compile_all(nvcc):
     """Gives {kernel: {architecture: (registers, spilled bytes, static shared bytes)}}."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for source in SOURCES:
-            for architecture in ARCHITECTURES:
-                command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-o",
+        for source in modules():
+            special = "a" if source.endswith("_90a") else ""
+            for architecture in ("90",) if special else ARCHITECTURES:
+                target = f"-arch=sm_{architecture}{special}"
+                command = [nvcc, "-std=c++17", "-O3", target, "-cubin", "-Xptxas", "-v", "-o",
                            pathlib.Path(folder) / "out.cubin", KERNELS / f"{source}.cu"]
                 run = subprocess.run(command, capture_output=True, text=True)
                 if run.returncode != 0 or "warning" in run.stderr:
@@ -45,7 +53,7 @@ def table(found):
     lines = ["| kernel | static shared, bytes | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
              "| --- |" + " --- |" * (len(ARCHITECTURES) + 1)]
     for kernel, numbers in sorted(found.items()):
-        registers = " | ".join(str(numbers[a][0]) for a in ARCHITECTURES)
+        registers = " | ".join(str(numbers[a][0]) if a in numbers else "" for a in ARCHITECTURES)
         lines.append(f"| {kernel} | {numbers['90'][2]} | {registers} |")
     return "\n".join(lines) + "\n"
 
@@ -53,7 +61,7 @@ def table(found):
 def main():
     found = compile_all(find_nvcc())
     spilled = [f"{kernel} on sm_{a}: {numbers[a][1]} bytes"
-               for kernel, numbers in found.items() for a in ARCHITECTURES if numbers[a][1] > 0]
+               for kernel, numbers in found.items() for a in numbers if numbers[a][1] > 0]
     if spilled:
         sys.exit("registers are spilled: " + "; ".join(spilled))
     text = README.read_text()

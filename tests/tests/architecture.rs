@@ -22,8 +22,9 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests are a member of the workspace").to_owned()
 }
 
-/// Lists the crates that a package links when it is built for users, dependencies of dependencies included.
-fn linked(package: &str) -> BTreeSet<String> {
+/// Lists the crates that a package with these features links when it is built for users, dependencies of dependencies
+/// included.
+fn linked(package: &str, features: &str) -> BTreeSet<String> {
     let output = Command::new(env!("CARGO"))
         .args([
             "tree",
@@ -37,6 +38,8 @@ fn linked(package: &str) -> BTreeSet<String> {
             "{lib}",
             "--package",
             package,
+            "--features",
+            features,
         ])
         .current_dir(root())
         .output()
@@ -46,8 +49,8 @@ fn linked(package: &str) -> BTreeSet<String> {
     text.lines().map(|line| line.trim_end_matches(" (*)").to_owned()).filter(|name| !name.is_empty()).collect()
 }
 
-fn check_not_linked(package: &str, forbidden: &[&str]) {
-    let linked = linked(package);
+fn check_not_linked(package: &str, features: &str, forbidden: &[&str]) {
+    let linked = linked(package, features);
     assert!(linked.len() > 3, "the tree of {package} was read: {linked:?}");
     let found: Vec<_> = forbidden.iter().filter(|name| linked.contains(**name)).collect();
     assert!(found.is_empty(), "{package} links {found:?}");
@@ -65,7 +68,7 @@ fn the_supervisor_links_nothing_that_reads_models() {
         "minijinja",
         "bulkhead_worker",
     ];
-    check_not_linked("bulkhead-supervisor", &forbidden);
+    check_not_linked("bulkhead-supervisor", "", &forbidden);
 }
 
 #[test]
@@ -89,7 +92,11 @@ fn the_worker_links_nothing_that_speaks_to_a_network() {
         "ureq",
         "bulkhead_supervisor",
     ];
-    check_not_linked("bulkhead-worker", &forbidden);
+    check_not_linked("bulkhead-worker", "", &forbidden);
+    check_not_linked("bulkhead-worker", "cuda", &forbidden);
+    // The feature is what brings the card's driver in, and nothing of CUDA's libraries.
+    assert!(!linked("bulkhead-worker", "").contains("cudarc"));
+    assert!(linked("bulkhead-worker", "cuda").contains("cudarc"));
 }
 
 #[test]
@@ -97,7 +104,7 @@ fn the_contract_links_no_input_or_output() {
     let allowed = ["bincode", "bincode_derive", "bulkhead_shared", "thiserror", "thiserror_impl", "unty"];
     // What derives code at build time is not part of the program.
     let build_time = ["proc_macro2", "quote", "syn", "unicode_ident", "virtue"];
-    let linked = linked("bulkhead-shared");
+    let linked = linked("bulkhead-shared", "");
     let unknown: Vec<_> = linked
         .iter()
         .filter(|name| !allowed.contains(&name.as_str()) && !build_time.contains(&name.as_str()))
@@ -239,7 +246,7 @@ fn nothing_is_left_open() {
     // Put together, so that this file does not hold them.
     let marks =
         [["TO", "DO"].concat(), ["FIX", "ME"].concat(), ["todo", "!("].concat(), ["unimplemented", "!("].concat()];
-    for folder in ["shared", "supervisor", "worker", "tests"] {
+    for folder in ["shared", "supervisor", "tools", "worker", "tests"] {
         for source in sources(folder, &[".rs", ".py", ".toml", ".md", ".sh"]) {
             let found = marks.iter().find(|mark| source.text.contains(mark.as_str()));
             assert!(found.is_none(), "{} has {found:?}", source.path);
@@ -250,7 +257,7 @@ fn nothing_is_left_open() {
 #[test]
 fn no_source_names_a_place_on_somebodys_machine() {
     let places = [["/", "work/"].concat(), ["/ro", "ot/"].concat(), ["/ho", "me/"].concat(), ["/Us", "ers/"].concat()];
-    for folder in ["shared", "supervisor", "worker", "tests"] {
+    for folder in ["shared", "supervisor", "tools", "worker", "tests"] {
         for source in sources(folder, &[".rs", ".py", ".toml", ".md", ".sh"]) {
             let found = places.iter().find(|place| source.text.contains(place.as_str()));
             assert!(found.is_none(), "{} names {found:?}", source.path);
@@ -300,6 +307,23 @@ fn functions(text: &str) -> Vec<(String, usize)> {
         }
     }
     found
+}
+
+#[test]
+fn scripts_for_machines_with_a_card_can_be_read() {
+    // Nothing else here runs them: they need what this machine lacks.
+    let python = |arguments: &[&str]| {
+        let mut command = Command::new("python3");
+        command.args(arguments).current_dir(root()).env("PYTHONDONTWRITEBYTECODE", "1");
+        let output = command.output().expect("the README asks for Python 3");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    python(&["tests/gpu/run.py", "--help"]);
+    let parse = "import ast, pathlib, sys\nfor path in sys.argv[1:]: ast.parse(pathlib.Path(path).read_text(), path)";
+    let scripts: Vec<_> =
+        ["tests/gpu", "tests/cuda", "tools"].iter().flat_map(|folder| sources(folder, &[".py"])).collect();
+    let paths = scripts.iter().map(|script| script.path.as_str());
+    python(&["-c", parse].into_iter().chain(paths).collect::<Vec<_>>());
 }
 
 #[test]

@@ -22,7 +22,7 @@ use clap::{Args, value_parser};
 
 use self::measure::Sequences;
 use self::report::{Asked, Memory, Report, Spread};
-use crate::device::parse_device;
+use crate::device::{parse_device, parse_memory};
 use crate::engine::backend::Backend;
 use crate::engine::pager::BLOCK_TOKENS;
 use crate::loader::{LoadError, LoadedModel, load};
@@ -52,6 +52,9 @@ pub struct BenchArgs {
     /// Where to compute: cpu or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
     pub device: DeviceChoice,
+    /// Most that is held on a card, such as 16GiB; 0 takes the usual share
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_memory)]
+    pub device_memory: Bytes,
     /// Measured repetitions, after one that is not
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = value_parser!(u32).range(1..))]
     pub repetitions: u32,
@@ -189,7 +192,7 @@ fn plan(args: &BenchArgs, context_tokens: u32) -> Result<LoadPlan, BenchError> {
         context_tokens,
         sequences_max: args.batch,
         kv_bytes: Bytes(0),
-        device_budget: Bytes(0),
+        device_budget: args.device_memory,
         kv_type: KvType::Bf16,
         step_delay_ms: 0,
     })

@@ -20,6 +20,21 @@ pub fn parse_device(text: &str) -> Result<DeviceChoice, String> {
     }
 }
 
+/// Reads the most that may be held on a device, such as `16GiB`; 0 leaves that to the plan.
+///
+/// # Errors
+/// A sentence for whoever wrote it.
+pub fn parse_memory(text: &str) -> Result<Bytes, String> {
+    let (number, unit) = match (text.strip_suffix("GiB"), text.strip_suffix("MiB")) {
+        (Some(number), _) => (number, 1 << 30),
+        (None, Some(number)) => (number, 1 << 20),
+        (None, None) if text == "0" => (text, 1),
+        (None, None) => ("", 1),
+    };
+    let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
+    bytes.map(Bytes).ok_or_else(|| format!("{text:?} is no amount of memory: use a whole number of GiB or MiB, or 0"))
+}
+
 /// Why a device cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
@@ -67,6 +82,23 @@ impl DeviceError {
             DeviceError::OutOfMemory { .. } => WorkerExit::OutOfDeviceMemory,
             DeviceError::Poisoned { .. } => WorkerExit::DriverPoisoned,
             DeviceError::Lost { .. } => WorkerExit::DeviceLost,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_of_memory() {
+        let cases = [("0", 0), ("16GiB", 16 << 30), ("512MiB", 512 << 20), ("0GiB", 0)];
+        for (text, bytes) in cases {
+            assert_eq!(parse_memory(text), Ok(Bytes(bytes)), "{text}");
+        }
+        for text in ["", "1", "GiB", "-1GiB", "1.5GiB", "16GB", "16 GiB", "17179869184GiB"] {
+            let error = parse_memory(text).expect_err("no amount");
+            assert!(error.contains("no amount of memory"), "{error}");
         }
     }
 }
