@@ -164,6 +164,7 @@ fn measure(args: &BenchArgs) -> Result<Report, BenchError> {
             repetitions: args.repetitions,
         },
         load_seconds,
+        load_phases: loaded.phases,
         prefill_tokens_per_second: Spread::of(&prefill),
         decode_tokens_per_second: decode_rate,
         weight_bytes_per_step: weights_per_step,

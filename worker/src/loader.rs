@@ -5,6 +5,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::message::{DeviceChoice, Facts, LoadPlan};
@@ -88,6 +89,8 @@ pub struct Loaded {
     pub sequences: u32,
     /// What the plan had to give up, for people.
     pub given_up: Vec<String>,
+    /// What the load spent its time on. Units: seconds.
+    pub phases: Vec<(&'static str, f64)>,
 }
 
 /// Loads the model of a plan.
@@ -95,6 +98,7 @@ pub struct Loaded {
 /// # Errors
 /// See `LoadError`.
 pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel, LoadError> {
+    let started = Instant::now();
     let dir = Path::new(&plan.model_dir);
     let checkpoint = Checkpoint::open(dir)?;
     let config = Config::read(dir)?;
@@ -102,7 +106,9 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
     let defaults = GenerationConfig::open(dir)?;
     let cpu = Cpu::start(plan.threads as usize).map_err(LoadError::Thread)?;
     let weights = weights::load(&checkpoint, &config, Quantize::File, progress)?;
-    let (backend, loaded) = place(config, weights, cpu, plan, progress)?;
+    let files = started.elapsed().as_secs_f64();
+    let (backend, mut loaded) = place(config, weights, cpu, plan, progress)?;
+    loaded.phases.insert(0, ("files", files));
     Ok(LoadedModel { backend, tokenizer, defaults, loaded })
 }
 
@@ -131,7 +137,7 @@ fn on_processor(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> 
     let decoder = Arc::new(Decoder::new(config, weights, cpu));
     let facts = planned.facts(decoder.config(), decoder.describe_device(), format);
     let given_up = facts.given_up.clone();
-    let loaded = Loaded { facts, sequences: planned.sequences, given_up };
+    let loaded = Loaded { facts, sequences: planned.sequences, given_up, phases: Vec::new() };
     Ok((Backend::cpu(decoder, cache), loaded))
 }
 

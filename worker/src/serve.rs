@@ -125,7 +125,7 @@ fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Prepared, ServeE
     for what in &loaded.given_up {
         warn!(what, "the plan gave something up to fit memory");
     }
-    let Loaded { facts, sequences, given_up: _ } = loaded;
+    let Loaded { facts, sequences, given_up: _, phases: _ } = loaded;
     let memory: Vec<String> = facts.memory.iter().map(|(kind, bytes)| format!("{} {bytes}", kind.as_str())).collect();
     info!(device = facts.device, memory = memory.join(", "), "model planned");
     let intake = Intake {

@@ -62,6 +62,8 @@ pub(super) fn measure(cpu: &Cpu) -> Result<Bandwidth, BenchError> {
 /// Measures how fast a card copies within its memory.
 #[cfg(feature = "cuda")]
 pub(super) fn measure_card(card: &crate::cuda::CardModel) -> Result<Bandwidth, BenchError> {
-    let rates = card.measure_copy(BUFFER_BYTES_MIN, PASSES).map_err(crate::loader::LoadError::Device)?;
-    Ok(Bandwidth { buffer_bytes: BUFFER_BYTES_MIN, bytes_per_second: Spread::of(&rates) })
+    /// Far beyond any card's cache.
+    const BUFFER_BYTES: u64 = 1 << 30;
+    let rates = card.measure_copy(BUFFER_BYTES, PASSES).map_err(crate::loader::LoadError::Device)?;
+    Ok(Bandwidth { buffer_bytes: BUFFER_BYTES, bytes_per_second: Spread::of(&rates) })
 }

@@ -61,6 +61,8 @@ pub(super) struct Report {
     pub(super) format: String,
     pub(super) asked: Asked,
     pub(super) load_seconds: f64,
+    /// What that was spent on. Units: seconds.
+    pub(super) load_phases: Vec<(&'static str, f64)>,
     pub(super) prefill_tokens_per_second: Spread,
     /// Of all sequences together.
     pub(super) decode_tokens_per_second: Spread,
@@ -96,7 +98,7 @@ impl Report {
             writeln!(out, "{:<20}{what}", "given up")?;
         }
         for (what, value) in [
-            ("load", format!("{:.2} s", self.load_seconds)),
+            ("load", format!("{:.2} s{}", self.load_seconds, phases(&self.load_phases))),
             ("peak in memory", Bytes(self.memory.peak_resident_bytes).to_string()),
             ("  not from files", Bytes(self.memory.anonymous_bytes).to_string()),
             ("prefill", format!("{} of a prompt of {}", tokens(self.prefill_tokens_per_second), asked.prompt_tokens)),
@@ -126,6 +128,11 @@ impl Report {
         }
         Ok(())
     }
+}
+
+fn phases(phases: &[(&str, f64)]) -> String {
+    let each: Vec<String> = phases.iter().map(|(phase, seconds)| format!("{phase} {seconds:.2}")).collect();
+    if each.is_empty() { String::new() } else { format!(": {}", each.join(", ")) }
 }
 
 fn tokens(rate: Spread) -> String {

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 
 /// A range of bytes that many owners share; cloning copies no byte.
 #[derive(Clone)]
@@ -86,6 +86,18 @@ impl Region {
         match &*self.source {
             Source::Mapped(map) => Some(map),
             Source::Owned(_) => None,
+        }
+    }
+
+    /// Brings pages of the mapped file into memory before they are touched, many at a time. A system that cannot is no
+    /// error: the pages come when they are touched.
+    ///
+    /// # Panics
+    /// When the range is not inside the mapping.
+    pub fn populate(&self, range: Range<usize>) {
+        if let Source::Mapped(map) = &*self.source {
+            assert!(range.start <= range.end && range.end <= map.len(), "a range lies inside its mapping");
+            let _ = map.advise_range(Advice::PopulateRead, range.start, range.len());
         }
     }
 

@@ -124,10 +124,26 @@ pub fn load(
     };
     let planned = card::plan_card(&config, &sizes, plan, plan.kv_type, limits)?;
     let format = weights.format_name();
-    let model = CardModel::make(card, (config, weights, cpu), &planned, progress)?;
+    let mut clock = Clock { since: Instant::now(), phases: Vec::new() };
+    let model = CardModel::make(card, (config, weights, cpu), &planned, (progress, &mut clock))?;
     let facts = planned.facts(&model.config, model.describe(), format);
     let given_up = facts.given_up.clone();
-    Ok((Backend::Cuda(Box::new(model)), Loaded { facts, sequences: planned.sequences, given_up }))
+    let loaded = Loaded { facts, sequences: planned.sequences, given_up, phases: clock.phases };
+    Ok((Backend::Cuda(Box::new(model)), loaded))
+}
+
+/// What a load spends its time on.
+struct Clock {
+    since: Instant,
+    phases: Vec<(&'static str, f64)>,
+}
+
+impl Clock {
+    /// Ends a phase; the next begins.
+    fn end(&mut self, phase: &'static str) {
+        self.phases.push((phase, self.since.elapsed().as_secs_f64()));
+        self.since = Instant::now();
+    }
 }
 
 /// Sizes the parts of a model as the card will hold them.
@@ -164,7 +180,7 @@ impl CardModel {
         card: Card,
         (config, weights, cpu): (Config, Weights, Cpu),
         planned: &CardPlan,
-        progress: &mut Progress<'_>,
+        (progress, clock): (&mut Progress<'_>, &mut Clock),
     ) -> Result<CardModel, DeviceError> {
         let is_tied = planned.is_embedding_on_card && config.has_tied_embeddings;
         let places = Places {
@@ -173,7 +189,9 @@ impl CardModel {
         };
         let layout = Planned::new(&config, &weights, &places)?;
         let kernels = Kernels::load(&card, &layout.forms(), planned.kv_type == KvType::Int8)?;
+        clock.end("kernels");
         let on_card = layout.bring(&card, &mut |done, total| progress(done, total, "weights to the card"))?;
+        clock.end("weights");
         let step_tokens = planned.step();
         let size = StepSize {
             generated_rows: step_tokens.generated,
@@ -225,7 +243,9 @@ impl CardModel {
             prompt,
             card,
         };
+        clock.end("buffers");
         model.warm_up()?;
+        clock.end("first steps");
         Ok(model)
     }
 
@@ -298,9 +318,19 @@ impl CardModel {
     pub fn measure_copy(&self, bytes: u64, passes: usize) -> Result<Vec<f64>, DeviceError> {
         /// Copies between two readings of the clock: waiting for the card must not count.
         const COPIES: u32 = 16;
+        const NOISE_BYTES: usize = 16 << 20;
         self.card.enter()?;
         let (from, to) = (Memory::take(&self.card, bytes, "a copy")?, Memory::take(&self.card, bytes, "a copy")?);
-        from.clear()?;
+        // Numbers that no compression makes smaller.
+        let mut state = 1u32;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        };
+        let noise: Vec<u8> = (0..NOISE_BYTES).map(|_| random()).collect();
+        for at in (0..bytes / NOISE_BYTES as u64).map(|index| index * NOISE_BYTES as u64) {
+            from.copy_in_plain(at, &noise)?;
+        }
         let mut rates = Vec::new();
         for pass in 0..=passes {
             self.card.wait()?;

@@ -66,14 +66,14 @@ impl FreeRanges {
         let found = &mut self.ranges[index];
         let taken = found.start..found.start + bytes;
         found.start = taken.end;
-        if found.is_empty() {
+        if found.start == found.end {
             self.ranges.remove(index);
         }
         Some(taken)
     }
 
     fn give_back(&mut self, range: Range<usize>) {
-        if range.is_empty() {
+        if range.start == range.end {
             return;
         }
         let index = self.ranges.partition_point(|free| free.start < range.start);

@@ -4,6 +4,9 @@
 //! second copy in host memory; while one piece is being copied the next is registered. Where the system does not allow
 //! registering, the same copies go through the driver's own buffers.
 
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
@@ -15,6 +18,9 @@ use crate::quant::Matrix;
 
 /// What is registered at a time. Two pieces are registered at once. Units: bytes.
 const PIECE_BYTES: usize = 256 << 20;
+
+/// Threads that bring pages into memory ahead of the copies.
+const READERS_MAX: usize = 8;
 
 /// Rows that are converted at a time.
 const CONVERTED_ROWS: usize = 256;
@@ -76,22 +82,53 @@ pub fn upload(
     }
     progress(done, total);
     mapped.sort_unstable_by_key(|copy| copy.bytes.as_ptr() as usize);
-    let mut before: Option<Registered<'_>> = None;
-    for piece in pieces(&mapped) {
-        let registered = parts.iter().find_map(|(_, source)| whole_pages(source, &piece));
-        let registered = registered.and_then(|pages| Registered::new(card, pages));
-        for copy in &piece {
-            memory.copy_in_plain(copy.to, copy.bytes)?;
-            done += copy.bytes.len() as u64;
+    let pieces = pieces(&mapped);
+    let pages: Vec<Option<Pages<'_>>> =
+        pieces.iter().map(|piece| parts.iter().find_map(|(_, source)| whole_pages(source, piece))).collect();
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| -> Result<(), DeviceError> {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from).min(READERS_MAX) {
+            scope.spawn(|| read_ahead(&pages, &next));
         }
-        // The end of the piece before waits for its copies, which went on while this one was registered.
-        before = registered;
-        progress(done, total);
-    }
-    drop(before);
+        let mut before: Option<Registered<'_>> = None;
+        for (piece, pages) in pieces.iter().zip(&pages) {
+            let registered = pages.as_ref().and_then(|pages| Registered::new(card, pages.bytes));
+            for copy in piece {
+                memory.copy_in_plain(copy.to, copy.bytes)?;
+                done += copy.bytes.len() as u64;
+            }
+            // The end of the piece before waits for its copies, which went on while this one was registered.
+            before = registered;
+            progress(done, total);
+        }
+        drop(before);
+        Ok(())
+    })?;
     card.wait()?;
     progress(total, total);
     Ok(())
+}
+
+/// Whole pages of a mapped file.
+struct Pages<'a> {
+    region: &'a Region,
+    range: Range<usize>,
+    bytes: &'a [u8],
+}
+
+/// Brings the pages of all pieces into memory, in order, a part at a time; several threads share the work.
+fn read_ahead(pages: &[Option<Pages<'_>>], next: &AtomicUsize) {
+    const PART_BYTES: usize = 8 << 20;
+    const PARTS: usize = PIECE_BYTES / PART_BYTES;
+    loop {
+        let index = next.fetch_add(1, Ordering::Relaxed);
+        let Some(pages) = pages.get(index / PARTS) else { return };
+        let Some(Pages { region, range, .. }) = pages else { continue };
+        let start = range.start + index % PARTS * PART_BYTES;
+        if start < range.end {
+            region.populate(start..range.end.min(start + PART_BYTES));
+        }
+    }
 }
 
 /// Cuts copies into pieces that span at most `PIECE_BYTES` of address space, at multiples of it.
@@ -116,7 +153,7 @@ fn pieces<'a>(copies: &[Copy<'a>]) -> Vec<Vec<Copy<'a>>> {
 }
 
 /// Gives the whole pages of a mapped file around a piece's copies, if the file is that of `source`.
-fn whole_pages<'a>(source: &'a Source, piece: &[Copy<'_>]) -> Option<&'a [u8]> {
+fn whole_pages<'a>(source: &'a Source, piece: &[Copy<'_>]) -> Option<Pages<'a>> {
     let Source::Region(region) = source else { return None };
     let whole = region.mapping()?;
     let start = whole.as_ptr() as usize;
@@ -129,7 +166,7 @@ fn whole_pages<'a>(source: &'a Source, piece: &[Copy<'_>]) -> Option<&'a [u8]> {
     let from = from / PAGE_BYTES * PAGE_BYTES;
     // Never beyond the file: its last page may be a part of one.
     let to = to.next_multiple_of(PAGE_BYTES).min(whole.len());
-    Some(&whole[from..to])
+    Some(Pages { region, range: from..to, bytes: &whole[from..to] })
 }
 
 /// Decodes a matrix and rounds it to 16-bit floats, some rows at a time.
