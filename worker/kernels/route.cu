@@ -130,9 +130,14 @@ template <u32 ROUNDS> __device__ __forceinline__ void judge(const Route& route, 
         for (u32 i = 0; i < OWN; i++) {
             own[round][i] += change[i];
             sums[0] = fmaf(own[round][i], own[round][i], sums[0]);
-            if (blockIdx.x == 0) route.sum[place + i] = own[round][i];
-            own[round][i] *= gains[round][i];
         }
+        if (blockIdx.x == 0) {
+            float4* to = (float4*)(route.sum + place);
+            to[0] = float4{own[round][0], own[round][1], own[round][2], own[round][3]};
+            to[1] = float4{own[round][4], own[round][5], own[round][6], own[round][7]};
+        }
+#pragma unroll
+        for (u32 i = 0; i < OWN; i++) own[round][i] *= gains[round][i];
     }
     float scale = 0;
     for (bool is_first = true; base < route.experts; is_first = false) {
@@ -181,6 +186,7 @@ __device__ __forceinline__ void choose(const Route& route, RouteShared& shared) 
     __syncthreads();
     if (own < route.experts) {
         u32 rank = 0, key = shared.keys[own];
+#pragma unroll 8
         for (u32 other = 0; other < route.experts; other++) {
             u32 theirs = shared.keys[other];
             rank += theirs > key || (theirs == key && other < own);
@@ -193,6 +199,7 @@ __device__ __forceinline__ void choose(const Route& route, RouteShared& shared) 
     __syncthreads();
     if (own < route.used) {
         float largest = shared.logits[shared.chosen[0]], sum = 0;
+#pragma unroll 4
         for (u32 rank = 0; rank < route.used; rank++) sum += expf(shared.logits[shared.chosen[rank]] - largest);
         route.weights[token * route.used + own] = expf(shared.logits[shared.chosen[own]] - largest) / sum;
     }
@@ -217,6 +224,20 @@ __device__ __forceinline__ void list_slots(const u32* chosen, u32 slots, u32 exp
         if (is_mine) list[done + __popc(found & ((1u << lane) - 1))] = slot;
         done += __popc(found);
     }
+}
+
+// The groups of a single token: its experts in ascending order, one slot each.
+__device__ __forceinline__ void group_one(const Route& route, const Groups& groups, const RouteShared& shared) {
+    u32 rank = threadIdx.x;
+    if (rank >= route.used) return;
+    u32 group = 0, own = shared.chosen[rank];
+    for (u32 other = 0; other < route.used; other++) group += shared.chosen[other] < own;
+    groups.experts[group] = own;
+    groups.firsts[group] = group;
+    groups.slots[group] = rank;
+    if (rank != 0) return;
+    groups.firsts[route.used] = route.used;
+    *groups.count = route.used;
 }
 
 // Groups all tokens' slots by expert.
@@ -273,6 +294,8 @@ ENTRY __launch_bounds__(256, 2)
     u32 tokens = gridDim.y;
     if (!is_last_block(counters + blockIdx.y, gridDim.x, &shared.is_last)) return;
     choose(route, shared);
+    const Groups groups{group_count, group_experts, group_firsts, group_slots};
+    if (tokens == 1) return group_one(route, groups, shared);
     if (!is_last_block(counters + tokens, tokens, &shared.is_last)) return;
-    group(route, Groups{group_count, group_experts, group_firsts, group_slots}, tokens * used, shared);
+    group(route, groups, tokens * used, shared);
 }
