@@ -1,88 +1,204 @@
 // Attention of single tokens over paged keys and values, with sinks and a sliding window.
 //
-// Agrees with: LayerAttention::attend (worker/src/model/attention.rs). The context is cut at multiples of 128 positions;
-// a block takes one cut of one row for the query heads that share a head of keys, and a second kernel adds the cuts in
-// ascending order. Where the cuts lie follows from positions alone, so a token's sums have one order whatever the batch.
+// Agrees with: rotate (worker/src/model/decoder.rs), KvCache::write (worker/src/engine/kv_cache.rs) and
+// LayerAttention::attend (worker/src/model/attention.rs). The positions that a row sees are cut, from the first of them on,
+// into at most 64 pieces; a block takes one piece of one row for the query heads that share a head of keys, a tile at a
+// time. The block that comes last adds the pieces in ascending order. Where pieces and tiles lie follows from a row's
+// position alone, so a token's sums have one order whatever the batch.
+//
+// Unless rope_write has been there (`is_written`), the kernel rotates queries and key, and the block that has a row's own
+// position writes key and value to the cache. Then what the cache held before this step may be read before the kernels
+// before this one are done, so no two rows may be of one sequence.
 
 #include "kv.cuh"
 
-constexpr u32 CUT_TOKENS = 128;
-constexpr u32 DECODE_THREADS = 128;
-constexpr u32 DECODE_WARPS = DECODE_THREADS / WARP;
-// Query heads that are computed at a time, and the pairs of a head that a lane holds.
-constexpr u32 HEADS = 8;
+constexpr u32 ATTEND_THREADS = 256;
+constexpr u32 ATTEND_WARPS = ATTEND_THREADS / WARP;
+// Query heads that are computed at a time, a warp's each, and the pairs of a head that a lane holds.
+constexpr u32 HEADS = ATTEND_WARPS;
 constexpr u32 LANE_PAIRS = 2;
-
+// Pieces of a row, and the least length of one.
+constexpr u32 CUTS_MAX = 64;
+constexpr u32 CUT_TOKENS = 128;
+constexpr u32 TILE_MAX = 128;
 // Scores of a token stand together, for all heads, with a stride that spreads the banks.
 constexpr u32 SCORE_STRIDE = HEADS + 4;
 
-struct alignas(16) DecodeShared {
-    float scores[CUT_TOKENS][SCORE_STRIDE];
-    float sums[DECODE_WARPS][HEADS][2 * LANE_PAIRS * WARP];
+struct alignas(16) AttendShared {
+    float scores[TILE_MAX][SCORE_STRIDE];
     float queries[HEADS][2 * LANE_PAIRS * WARP];
-    u32 blocks[CUT_TOKENS / BLOCK_TOKENS];
+    float scales[2][TILE_MAX];      // of keys and values, for the 8-bit cache
+    float factors[HEADS];           // by which older sums of a head count less
+    float largest[HEADS];
+    float sums[HEADS];
+    u32 is_last;
 };
 
-// Scores of the cut's visible tokens: a thread for each token.
+// One row's share of a launch: what it sees and this block's piece of it.
+struct Piece {
+    u32 row;
+    u32 kv_head;
+    u32 sequence;
+    u32 position;
+    u32 first;   // of the piece
+    u32 end;
+    u32 cuts;
+    u32 tile;    // tokens of a tile
+
+    __device__ __forceinline__ Piece(const Tables& tables, u32 window, u32 dim)
+        : row(blockIdx.z), kv_head(blockIdx.y), sequence(tables.sequences[blockIdx.z]),
+          position(tables.positions[blockIdx.z]), tile(dim <= 64 ? TILE_MAX : TILE_MAX / 2) {
+        Visible visible(position, window);
+        u32 seen = visible.last + 1 - visible.first, length = CUT_TOKENS;
+        while (length * CUTS_MAX < seen) length *= 2;
+        cuts = (seen + length - 1) / length;
+        first = visible.first + blockIdx.x * length;
+        end = first + length < visible.last + 1 ? first + length : visible.last + 1;
+    }
+};
+
+// The kernel's arguments beside the cache.
+struct Attend {
+    const float* qkv;
+    const float* cosines;
+    const float* sines;
+    u32 query_heads;
+    u32 window;
+    u32 is_written;
+    const float* sinks;
+    float* partial;
+    u32* counters;
+    bf16* out;
+};
+
+// Starts to copy a tile's keys or values, but for the row's own token unless it is written; ends a group.
 template <class Kv>
-__device__ __forceinline__ void score_cut(DecodeShared& shared, const Layer& layer, u32 kv_head, u32 start, u32 from, u32 to) {
-    for (u32 token = from + threadIdx.x; token < to; token += DECODE_THREADS) {
-        const u8* block = layer.head_block(shared.blocks[token / BLOCK_TOKENS], kv_head, Kv::block_bytes(layer.dim));
-        float sums[HEADS] = {};
-#pragma unroll 2
-        for (u32 at = 0; at < layer.dim; at += 8) {
+__device__ __forceinline__ void fetch_tile(const Piece& piece, const Layer& layer, const Tables& tables, u32 start,
+                                           u32 is_value, bool is_written, u8* rows, float* scales) {
+    u32 bytes = Kv::row_bytes(layer.dim), pieces = bytes / Kv::PIECE, count = piece.end > start ? piece.end - start : 0;
+    count = count < piece.tile ? count : piece.tile;
+    for (u32 i = threadIdx.x; i < count * pieces; i += ATTEND_THREADS) {
+        u32 token = i / pieces, at = i % pieces * Kv::PIECE, position = start + token;
+        if (position == piece.position && !is_written) continue;
+        u8* block = layer.head_block(tables.block(piece.sequence, position), piece.kv_head, Kv::block_bytes(layer.dim));
+        start_copy<Kv::PIECE>(rows + token * (bytes + Kv::PADDING) + at,
+                              stored_row<Kv>(block, is_value, position % BLOCK_TOKENS, layer.dim) + at);
+        if (Kv::SCALED && at == 0) {
+            start_copy<4>(scales + token, stored_scale(block, is_value, position % BLOCK_TOKENS, layer.dim));
+        }
+    }
+    end_copies();
+}
+
+// Brings up to eight queries to shared memory, rotated and scaled; those past the end are 0.
+__device__ __forceinline__ void bring_queries(const Attend& attend, const Piece& piece, u32 dim, u32 group, u32 base,
+                                              u32 kv_heads, AttendShared& shared) {
+    u32 half = dim / 2, row_heads = attend.query_heads + 2 * kv_heads;
+    const float* own = attend.qkv + ((size_t)piece.row * row_heads + piece.kv_head * group + base) * dim;
+    const float* cosines = attend.cosines + (size_t)piece.row * half;
+    const float* sines = attend.sines + (size_t)piece.row * half;
+    float scale = 1.0f / sqrtf((float)dim);
+    for (u32 i = threadIdx.x; i < HEADS * half; i += ATTEND_THREADS) {
+        u32 head = i / half, pair = i % half;
+        float first = 0, second = 0;
+        if (base + head < group) {
+            float low = own[head * dim + pair], high = own[head * dim + pair + half];
+            float cosine = attend.is_written ? 1.0f : cosines[pair], sine = attend.is_written ? 0.0f : sines[pair];
+            first = attend.is_written ? low : low * cosine - high * sine;
+            second = attend.is_written ? high : high * cosine + low * sine;
+        }
+        shared.queries[head][pair] = first * scale;
+        shared.queries[head][pair + half] = second * scale;
+    }
+}
+
+// The row's own key and value, a warp for each: to the tile and to the cache.
+template <class Kv>
+__device__ __forceinline__ void write_own(const Attend& attend, const Piece& piece, const Layer& layer,
+                                          const Tables& tables, u32 start, u8* keys, u8* values, AttendShared& shared) {
+    u32 warp = threadIdx.x / WARP, half = layer.dim / 2, token = piece.position - start;
+    if (warp >= 2) return;
+    u32 head = attend.query_heads + warp * layer.kv_heads + piece.kv_head;
+    const float* own = attend.qkv + ((size_t)piece.row * (attend.query_heads + 2 * layer.kv_heads) + head) * layer.dim;
+    Turned turned = turn_head(own, attend.cosines + (size_t)piece.row * half, attend.sines + (size_t)piece.row * half, half,
+                              warp == 0);
+    u32 bytes = Kv::row_bytes(layer.dim) + Kv::PADDING, at = piece.position % BLOCK_TOKENS;
+    write_head(Kv(), (warp == 0 ? keys : values) + token * bytes, &shared.scales[warp][token], layer.dim, turned);
+    u8* block = layer.head_block(tables.block(piece.sequence, piece.position), piece.kv_head, Kv::block_bytes(layer.dim));
+    write_head(Kv(), stored_row<Kv>(block, warp, at, layer.dim), stored_scale(block, warp, at, layer.dim), layer.dim, turned);
+}
+
+// Scores of a tile's tokens: a thread for each token and four heads.
+template <class Kv>
+__device__ __forceinline__ void score_tile(AttendShared& shared, const u8* keys, u32 tile, u32 count, u32 dim) {
+    for (u32 i = threadIdx.x; i < 2 * tile; i += ATTEND_THREADS) {
+        u32 token = i % tile, head = i / tile * 4;
+        if (token >= count) continue;
+        const u8* row = keys + token * (Kv::row_bytes(dim) + Kv::PADDING);
+        float sums[4] = {}, scale = Kv::SCALED ? shared.scales[0][token] : 1.0f;
+#pragma unroll 4
+        for (u32 at = 0; at < dim; at += 8) {
             float key[8];
-            Kv::load8(block, 0, (start + token) % BLOCK_TOKENS, layer.dim, at, key);
+            Kv::load8(row, at, scale, key);
 #pragma unroll
-            for (u32 head = 0; head < HEADS; head++) {
+            for (u32 own = 0; own < 4; own++) {
 #pragma unroll
-                for (u32 i = 0; i < 8; i += 4) {
-                    float4 query = *(const float4*)&shared.queries[head][at + i];
-                    sums[head] = fmaf(key[i], query.x, sums[head]);
-                    sums[head] = fmaf(key[i + 1], query.y, sums[head]);
-                    sums[head] = fmaf(key[i + 2], query.z, sums[head]);
-                    sums[head] = fmaf(key[i + 3], query.w, sums[head]);
+                for (u32 part = 0; part < 8; part += 4) {
+                    float4 query = *(const float4*)&shared.queries[head + own][at + part];
+                    sums[own] = fmaf(key[part], query.x, sums[own]);
+                    sums[own] = fmaf(key[part + 1], query.y, sums[own]);
+                    sums[own] = fmaf(key[part + 2], query.z, sums[own]);
+                    sums[own] = fmaf(key[part + 3], query.w, sums[own]);
                 }
             }
         }
-#pragma unroll
-        for (u32 head = 0; head < HEADS; head += 4) {
-            *(float4*)&shared.scores[token][head] = float4{sums[head], sums[head + 1], sums[head + 2], sums[head + 3]};
-        }
+        *(float4*)&shared.scores[token][head] = float4{sums[0], sums[1], sums[2], sums[3]};
     }
 }
 
-// Turns a head's scores into powers relative to their largest; a warp for each head. Gives largest and sum.
-__device__ __forceinline__ void power_cut(DecodeShared& shared, u32 head, u32 from, u32 to, float& largest,
-                                          float& sum) {
-    u32 lane = threadIdx.x % WARP;
-    largest = float_of_bits(0xff800000u);
-    for (u32 token = lane; token < CUT_TOKENS; token += WARP) {
-        if (token < from || token >= to) continue;
-        float score = shared.scores[token][head];
-        largest = score > largest || score != score ? score : largest;
+// Turns a head's scores into powers relative to the largest so far; a warp for each head. `largest` and `sum` go along.
+__device__ __forceinline__ void power_tile(AttendShared& shared, u32 count, float& largest, float& sum) {
+    u32 lane = threadIdx.x % WARP, head = threadIdx.x / WARP;
+    float scores[TILE_MAX / WARP], before = largest;
+#pragma unroll
+    for (u32 i = 0; i < TILE_MAX / WARP; i++) {
+        u32 token = lane + i * WARP;
+        scores[i] = token < count ? shared.scores[token][head] : float_of_bits(0xff800000u);
+        largest = scores[i] > largest || scores[i] != scores[i] ? scores[i] : largest;
     }
     largest = warp_max(largest);
-    sum = 0;
-    for (u32 token = lane; token < CUT_TOKENS; token += WARP) {
-        if (token < from || token >= to) continue;
-        float power = expf(shared.scores[token][head] - largest);
+    float own = 0, factor = expf(before - largest);
+#pragma unroll
+    for (u32 i = 0; i < TILE_MAX / WARP; i++) {
+        u32 token = lane + i * WARP;
+        if (token >= count) break;
+        float power = expf(scores[i] - largest);
         shared.scores[token][head] = power;
-        sum += power;
+        own += power;
     }
-    sum = warp_sum(sum);
+    sum = fmaf(sum, factor, warp_sum(own));
+    if (lane == 0) shared.factors[head] = factor;
 }
 
-// Adds up the values of the cut by their powers: warp w takes tokens w, w + 4 and so on of the cut.
+// Values that a lane has added up by their powers: its pairs of each head.
+struct Values {
+    float sums[HEADS][2 * LANE_PAIRS];
+};
+
+// Adds a tile's values: warp w takes tokens w, w + 8 and so on of the tile.
 template <class Kv>
-__device__ __forceinline__ void add_values(DecodeShared& shared, const Layer& layer, u32 kv_head, u32 start, u32 from, u32 to) {
+__device__ __forceinline__ void add_values(AttendShared& shared, const u8* rows, u32 count, u32 dim, Values& values) {
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    float sums[HEADS][2 * LANE_PAIRS] = {};
-    u32 begin = from + (warp + DECODE_WARPS - from % DECODE_WARPS) % DECODE_WARPS;
+#pragma unroll
+    for (u32 head = 0; head < HEADS; head++) {
+        float factor = shared.factors[head];
+#pragma unroll
+        for (u32 i = 0; i < 2 * LANE_PAIRS; i++) values.sums[head][i] *= factor;
+    }
 #pragma unroll 4
-    for (u32 token = begin; token < to; token += DECODE_WARPS) {
-        const u8* block = layer.head_block(shared.blocks[token / BLOCK_TOKENS], kv_head, Kv::block_bytes(layer.dim));
-        float weights[HEADS];
+    for (u32 token = warp; token < count; token += ATTEND_WARPS) {
+        const u8* row = rows + token * (Kv::row_bytes(dim) + Kv::PADDING);
+        float weights[HEADS], scale = Kv::SCALED ? shared.scales[1][token] : 1.0f;
 #pragma unroll
         for (u32 head = 0; head < HEADS; head += 4) {
             float4 four = *(const float4*)&shared.scores[token][head];
@@ -91,113 +207,153 @@ __device__ __forceinline__ void add_values(DecodeShared& shared, const Layer& la
 #pragma unroll
         for (u32 i = 0; i < LANE_PAIRS; i++) {
             u32 at = 2 * (lane + i * WARP);
-            if (at >= layer.dim) continue;
+            if (at >= dim) continue;
             float value[2];
-            Kv::load2(block, 1, (start + token) % BLOCK_TOKENS, layer.dim, at, value);
+            Kv::load2(row, at, scale, value);
 #pragma unroll
             for (u32 head = 0; head < HEADS; head++) {
-                sums[head][2 * i] = fmaf(weights[head], value[0], sums[head][2 * i]);
-                sums[head][2 * i + 1] = fmaf(weights[head], value[1], sums[head][2 * i + 1]);
+                values.sums[head][2 * i] = fmaf(weights[head], value[0], values.sums[head][2 * i]);
+                values.sums[head][2 * i + 1] = fmaf(weights[head], value[1], values.sums[head][2 * i + 1]);
             }
         }
     }
+}
+
+
+// Adds up the warps' values of a piece and gives them on: as the result where there is one piece, else to `partial`.
+__device__ __forceinline__ void give_piece(const Attend& attend, const Piece& piece, AttendShared& shared, u8* room, u32 dim,
+                                           u32 group, u32 base, const Values& values) {
+    float* sums = (float*)room;
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
     for (u32 head = 0; head < HEADS; head++) {
 #pragma unroll
         for (u32 i = 0; i < LANE_PAIRS; i++) {
-            shared.sums[warp][head][2 * (lane + i * WARP)] = sums[head][2 * i];
-            shared.sums[warp][head][2 * (lane + i * WARP) + 1] = sums[head][2 * i + 1];
+            u32 at = 2 * (lane + i * WARP);
+            if (at >= dim) continue;
+            *(float2*)(sums + (warp * HEADS + head) * dim + at) =
+                float2{values.sums[head][2 * i], values.sums[head][2 * i + 1]};
+        }
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < HEADS * dim; i += ATTEND_THREADS) {
+        u32 head = i / dim, element = i % dim, query_head = piece.kv_head * group + base + head;
+        if (base + head >= group) break;
+        float total = 0;
+#pragma unroll
+        for (u32 from = 0; from < ATTEND_WARPS; from++) total += sums[from * HEADS * dim + i];
+        size_t place = (size_t)piece.row * attend.query_heads + query_head;
+        float largest = shared.largest[head], sum = shared.sums[head];
+        if (piece.cuts == 1) {
+            float sink = attend.sinks[query_head], most = largest > sink || largest != largest ? largest : sink;
+            float share = expf(largest - most);
+            attend.out[place * dim + element] = narrow(total * share / fmaf(sum, share, expf(sink - most)));
+        } else {
+            float* to = attend.partial + (place * gridDim.x + blockIdx.x) * (dim + 2);
+            if (element == 0) to[0] = largest, to[1] = sum;
+            to[2 + element] = total;
         }
     }
 }
 
-// One cut of one row and kv head. partial: [row, query head, cut, dim + 2]: largest score, sum of powers, weighted values.
-template <class Kv>
-__device__ __forceinline__ void attend_cut(const float* qkv, u32 query_heads, u32 window, const Layer& layer,
-                                           const Tables& tables, float* partial) {
-    __shared__ DecodeShared shared;
-    let_next_start();
-    wait_for_previous();
-    u32 row = blockIdx.z, kv_head = blockIdx.y, dim = layer.dim, group = query_heads / layer.kv_heads;
-    Visible visible(tables.positions[row], window);
-    u32 start = (visible.first / CUT_TOKENS + blockIdx.x) * CUT_TOKENS;
-    if (start > visible.last) return;
-    u32 from = visible.first > start ? visible.first - start : 0;
-    u32 to = visible.last + 1 - start < CUT_TOKENS ? visible.last + 1 - start : CUT_TOKENS;
-    if (threadIdx.x >= from / BLOCK_TOKENS && threadIdx.x * BLOCK_TOKENS < to) {
-        shared.blocks[threadIdx.x] = tables.block(tables.sequences[row], start + threadIdx.x * BLOCK_TOKENS);
-    }
-    const float* queries = qkv + ((size_t)row * (query_heads + 2 * layer.kv_heads) + kv_head * group) * dim;
-    float scale = 1.0f / sqrtf((float)dim);
-    for (u32 base = 0; base < group; base += HEADS) {
-        for (u32 i = threadIdx.x; i < HEADS * dim; i += DECODE_THREADS) {
-            u32 head = i / dim;
-            shared.queries[head][i % dim] = base + head < group ? queries[(size_t)base * dim + i] * scale : 0.0f;
-        }
-        __syncthreads();
-        score_cut<Kv>(shared, layer, kv_head, start, from, to);
-        __syncthreads();
-        for (u32 head = threadIdx.x / WARP; head < HEADS; head += DECODE_WARPS) {
-            float largest, sum;
-            power_cut(shared, head, from, to, largest, sum);
-            if (threadIdx.x % WARP != 0 || base + head >= group) continue;
-            size_t at = ((size_t)row * query_heads + kv_head * group + base + head) * gridDim.x + blockIdx.x;
-            partial[at * (dim + 2)] = largest;
-            partial[at * (dim + 2) + 1] = sum;
-        }
-        __syncthreads();
-        add_values<Kv>(shared, layer, kv_head, start, from, to);
-        __syncthreads();
-        for (u32 i = threadIdx.x; i < HEADS * dim; i += DECODE_THREADS) {
-            u32 head = i / dim, element = i % dim;
-            if (base + head >= group) break;
-            float total = 0;
+// Adds the pieces of one row and head of keys, in ascending order, and the sink to the normalisation alone. A warp for
+// each query head, a lane for each two pieces and then for the elements.
+__device__ __forceinline__ void combine(const Attend& attend, const Piece& piece, u32 dim, u32 group, float* room) {
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    float* shares = room + warp * CUTS_MAX;
+    for (u32 own = warp; own < group; own += ATTEND_WARPS) {
+        u32 head = piece.kv_head * group + own;
+        size_t place = (size_t)piece.row * attend.query_heads + head;
+        const float* from = attend.partial + place * gridDim.x * (dim + 2);
+        float sink = attend.sinks[head], largest = sink, sum = 0;
+        float cut_largest[CUTS_MAX / WARP], cut_sum[CUTS_MAX / WARP];
 #pragma unroll
-            for (u32 warp = 0; warp < DECODE_WARPS; warp++) total += shared.sums[warp][head][element];
-            size_t at = ((size_t)row * query_heads + kv_head * group + base + head) * gridDim.x + blockIdx.x;
-            partial[at * (dim + 2) + 2 + element] = total;
+        for (u32 i = 0; i < CUTS_MAX / WARP; i++) {
+            u32 cut = lane + i * WARP;
+            bool is_real = cut < piece.cuts;
+            cut_largest[i] = is_real ? read_through(from + (size_t)cut * (dim + 2)) : float_of_bits(0xff800000u);
+            cut_sum[i] = is_real ? read_through(from + (size_t)cut * (dim + 2) + 1) : 0.0f;
+            largest = cut_largest[i] > largest || cut_largest[i] != cut_largest[i] ? cut_largest[i] : largest;
         }
+        largest = warp_max(largest);
+#pragma unroll
+        for (u32 i = 0; i < CUTS_MAX / WARP; i++) {
+            float share = expf(cut_largest[i] - largest);
+            shares[lane + i * WARP] = share;
+            sum = fmaf(cut_sum[i], share, sum);
+        }
+        sum = warp_sum(sum) + expf(sink - largest);
+        __syncwarp();
+        for (u32 element = lane; element < dim; element += WARP) {
+            float total = 0;
+#pragma unroll 8
+            for (u32 cut = 0; cut < piece.cuts; cut++) {
+                total = fmaf(read_through(from + (size_t)cut * (dim + 2) + 2 + element), shares[cut], total);
+            }
+            attend.out[place * dim + element] = narrow(total / sum);
+        }
+        __syncwarp();
+    }
+}
+
+// One piece of one row and kv head. partial: [row, query head, cut, dim + 2]: largest score, sum of powers, weighted values.
+template <class Kv>
+__device__ __forceinline__ void attend_piece(const Attend& attend, const Layer& layer, const Tables& tables) {
+    __shared__ AttendShared shared;
+    SHARED_BYTES(room);
+    let_next_start();
+    u32 dim = layer.dim, group = attend.query_heads / layer.kv_heads;
+    Piece piece(tables, attend.window, dim);
+    if (piece.first >= piece.end) return wait_for_previous();
+    u8* keys = room;
+    u8* rows = room + piece.tile * (Kv::row_bytes(dim) + Kv::PADDING);
+    if (attend.is_written) wait_for_previous();
+    for (u32 base = 0; base < group; base += HEADS) {
+        float largest = float_of_bits(0xff800000u), sum = 0;
+        Values values = {};
+        fetch_tile<Kv>(piece, layer, tables, piece.first, 0, attend.is_written, keys, shared.scales[0]);
+        fetch_tile<Kv>(piece, layer, tables, piece.first, 1, attend.is_written, rows, shared.scales[1]);
+        if (base == 0 && !attend.is_written) wait_for_previous();
+        bring_queries(attend, piece, dim, group, base, layer.kv_heads, shared);
+        for (u32 start = piece.first; start < piece.end; start += piece.tile) {
+            u32 count = piece.end - start < piece.tile ? piece.end - start : piece.tile;
+            if (!attend.is_written && start + count > piece.position) {
+                write_own<Kv>(attend, piece, layer, tables, start, keys, rows, shared);
+            }
+            wait_for_copies<1>();
+            __syncthreads();
+            score_tile<Kv>(shared, keys, piece.tile, count, dim);
+            __syncthreads();
+            fetch_tile<Kv>(piece, layer, tables, start + piece.tile, 0, attend.is_written, keys, shared.scales[0]);
+            power_tile(shared, count, largest, sum);
+            wait_for_copies<1>();
+            __syncthreads();
+            add_values<Kv>(shared, rows, count, dim, values);
+            __syncthreads();
+            fetch_tile<Kv>(piece, layer, tables, start + piece.tile, 1, attend.is_written, rows, shared.scales[1]);
+        }
+        if (threadIdx.x % WARP == 0) {
+            shared.largest[threadIdx.x / WARP] = largest;
+            shared.sums[threadIdx.x / WARP] = sum;
+        }
+        give_piece(attend, piece, shared, room, dim, group, base, values);
         __syncthreads();
     }
+    if (piece.cuts == 1) return;
+    u32* counter = attend.counters + (size_t)piece.row * layer.kv_heads + piece.kv_head;
+    if (is_last_block(counter, piece.cuts, &shared.is_last)) combine(attend, piece, dim, group, (float*)room);
 }
 
 #define ATTEND(NAME, KV)                                                                                               \
-    ENTRY __launch_bounds__(128) NAME(const float* qkv, u32 query_heads, u32 window, u8* pool, u32 pool_layers,        \
-                                      u32 pool_layer, u32 kv_heads, u32 dim, const u32* blocks,                        \
-                                      const u32* block_firsts, u32 block_stride, const u32* sequences,                 \
-                                      const u32* positions, float* partial) {                                          \
-        attend_cut<KV>(qkv, query_heads, window, Layer{pool, pool_layers, pool_layer, kv_heads, dim},                  \
-                       Tables{blocks, block_firsts, block_stride, sequences, positions}, partial);                     \
+    ENTRY __launch_bounds__(256, 2)                                                                                    \
+        NAME(const float* qkv, const float* cosines, const float* sines, u32 query_heads, u32 window, u32 is_written,  \
+             u8* pool, u32 pool_layers, u32 pool_layer, u32 kv_heads, u32 dim, const u32* blocks,                      \
+             const u32* block_firsts, u32 block_stride, const u32* sequences, const u32* positions,                    \
+             const float* sinks, float* partial, u32* counters, bf16* out) {                                           \
+        Attend attend{qkv, cosines, sines, query_heads, window, is_written, sinks, partial, counters, out};            \
+        attend_piece<KV>(attend, Layer{pool, pool_layers, pool_layer, kv_heads, dim},                                  \
+                         Tables{blocks, block_firsts, block_stride, sequences, positions});                            \
     }
 
 ATTEND(attend_decode_bf16, KvBf16)
 ATTEND(attend_decode_int8, KvInt8)
-
-// Adds the cuts of one row and query head, in ascending order, and the sink to the normalisation alone.
-ENTRY __launch_bounds__(128) attend_combine(const float* partial, const float* sinks, const u32* positions, u32 window,
-                                            u32 cuts_max, u32 dim, bf16* out) {
-    let_next_start();
-    wait_for_previous();
-    u32 row = blockIdx.y, head = blockIdx.x;
-    Visible visible(positions[row], window);
-    u32 cuts = visible.last / CUT_TOKENS - visible.first / CUT_TOKENS + 1;
-    const float* own = partial + ((size_t)row * gridDim.x + head) * cuts_max * (dim + 2);
-    float sink = sinks[head], largest = sink;
-    for (u32 cut = 0; cut < cuts; cut++) {
-        float other = own[(size_t)cut * (dim + 2)];
-        largest = other > largest || other != other ? other : largest;
-    }
-    float sum = expf(sink - largest);
-    for (u32 cut = 0; cut < cuts; cut++) {
-        const float* at = own + (size_t)cut * (dim + 2);
-        sum = fmaf(at[1], expf(at[0] - largest), sum);
-    }
-    for (u32 element = threadIdx.x; element < dim; element += blockDim.x) {
-        float total = 0;
-        for (u32 cut = 0; cut < cuts; cut++) {
-            const float* at = own + (size_t)cut * (dim + 2);
-            total = fmaf(at[2 + element], expf(at[0] - largest), total);
-        }
-        out[((size_t)row * gridDim.x + head) * dim + element] = narrow(total / sum);
-    }
-}

@@ -47,6 +47,60 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
+// Starts a copy of 4, 8 or 16 bytes from global to shared memory; both lie on that many bytes. It is done for this thread
+// after wait_for_copies, and for the others after a barrier too. Before 8.0 the copy is made at once.
+template <u32 BYTES> __device__ __forceinline__ void start_copy(void* to, const void* from) {
+#if defined(BULKHEAD_EMULATED)
+    emulation::start_copy(to, from, BYTES);
+#elif __CUDA_ARCH__ >= 800
+    u32 at = (u32)__cvta_generic_to_shared(to);
+    if (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+    }
+#else
+    if (BYTES == 16) *(uint4*)to = *(const uint4*)from;
+    if (BYTES == 8) *(uint2*)to = *(const uint2*)from;
+    if (BYTES == 4) *(u32*)to = *(const u32*)from;
+#endif
+}
+
+// Ends a group of copies: what was started since the last call.
+__device__ __forceinline__ void end_copies() {
+#if defined(BULKHEAD_EMULATED)
+    emulation::end_copies();
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most the last PENDING groups of this thread's copies are on their way.
+template <u32 PENDING> __device__ __forceinline__ void wait_for_copies() {
+#if defined(BULKHEAD_EMULATED)
+    emulation::wait_for_copies(PENDING);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// Says in every thread whether this block is the last of `blocks` to come here; then it sees what the others wrote
+// before. The counter is 0 before the first and after the last. `flag` is shared room for a word.
+__device__ __forceinline__ bool is_last_block(u32* counter, u32 blocks, u32* flag) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        *flag = atomicAdd(counter, 1u) + 1 == blocks;
+        if (*flag) *counter = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return *flag != 0;
+}
+
+// Reads what another block of this launch, or a kernel that this one has not waited for, wrote: past the first-level cache.
+template <class T> __device__ __forceinline__ T read_through(const T* from) { return __ldcg(from); }
+
 __device__ __forceinline__ float float_of_bits(u32 bits) { return __uint_as_float(bits); }
 
 __device__ __forceinline__ float widen(bf16 value) { return float_of_bits((u32)value << 16); }

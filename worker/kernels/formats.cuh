@@ -62,7 +62,9 @@ struct ScaleSource {
     float offset;
 };
 
-// Each format says how many blocks a warp holds, how to load, decode and scale them.
+// Each format says how many blocks a warp holds, how to load, decode and scale them; and for the way through shared
+// memory (matvec.cuh) how a lane takes its share of 16 rows' codes of a block, 32 bytes a row, and what it keeps of the
+// scale of one block of one row: `load_scale` fetches, `word` restores it once for the warp, `spread` makes it a float.
 struct Nf4Plain {
     static constexpr u32 DEPTH = 6;
     static constexpr u32 TABLE_BYTES = PAIR_TABLE_BYTES;
@@ -91,6 +93,19 @@ struct Nf4Plain {
     __device__ static __forceinline__ float scale(const Held& held, u32 which, u32, const ScaleSource&, size_t) {
         return held.scale[which];
     }
+    __device__ static __forceinline__ void take(const u8* codes, Held& held) {
+        u32 at = threadIdx.x % WARP / 4 * 32 + threadIdx.x % 4 * 8;
+        held.codes[0] = *(const uint2*)(codes + at);
+        held.codes[1] = *(const uint2*)(codes + at + 8 * 32);
+    }
+    struct Scale {
+        float scale;
+    };
+    __device__ static __forceinline__ void load_scale(const u8* scales, const float*, size_t index, Scale& held) {
+        held.scale = __ldcs((const float*)scales + index);
+    }
+    __device__ static __forceinline__ u32 word(const Scale& held, const float*, float) { return __float_as_uint(held.scale); }
+    __device__ static __forceinline__ float spread(u32 word, u32) { return float_of_bits(word); }
 };
 
 struct Nf4Nested {
@@ -122,6 +137,23 @@ struct Nf4Nested {
     __device__ static __forceinline__ float scale(const Held& held, u32 which, u32, const ScaleSource& from, size_t index) {
         return __fadd_rn(__fmul_rn(from.map[held.code[which]], from.nested[index / NESTED_GROUP]), from.offset);
     }
+    __device__ static __forceinline__ void take(const u8* codes, Held& held) {
+        u32 at = threadIdx.x % WARP / 4 * 32 + threadIdx.x % 4 * 8;
+        held.codes[0] = *(const uint2*)(codes + at);
+        held.codes[1] = *(const uint2*)(codes + at + 8 * 32);
+    }
+    struct Scale {
+        u32 code;
+        float nested;
+    };
+    __device__ static __forceinline__ void load_scale(const u8* scales, const float* nested, size_t index, Scale& held) {
+        held.code = scales[index];
+        held.nested = nested[index / NESTED_GROUP];
+    }
+    __device__ static __forceinline__ u32 word(const Scale& held, const float* map, float offset) {
+        return __float_as_uint(__fadd_rn(__fmul_rn(map[held.code], held.nested), offset));
+    }
+    __device__ static __forceinline__ float spread(u32 word, u32) { return float_of_bits(word); }
 };
 
 struct Mxfp4 {
@@ -152,10 +184,25 @@ struct Mxfp4 {
         }
     }
     // 2^(exponent - 127); at exponent 0 that is a subnormal.
-    __device__ static __forceinline__ float scale(const Held& held, u32 which, u32 group, const ScaleSource&, size_t) {
-        u32 exponent = (held.exponents[which] >> (8 * group)) & 255u;
+    __device__ static __forceinline__ float spread(u32 word, u32 group) {
+        u32 exponent = (word >> (8 * group)) & 255u;
         return float_of_bits(exponent == 0 ? 1u << 22 : exponent << 23);
     }
+    __device__ static __forceinline__ float scale(const Held& held, u32 which, u32 group, const ScaleSource&, size_t) {
+        return spread(held.exponents[which], group);
+    }
+    __device__ static __forceinline__ void take(const u8* codes, Held& held) {
+        const u32* words = (const u32*)codes + threadIdx.x % WARP / 4 * 8 + threadIdx.x % 4;
+        held.codes[0][0] = words[0], held.codes[0][1] = words[4];
+        held.codes[1][0] = words[64], held.codes[1][1] = words[68];
+    }
+    struct Scale {
+        u32 exponents;
+    };
+    __device__ static __forceinline__ void load_scale(const u8* scales, const float*, size_t index, Scale& held) {
+        held.exponents = __ldcs((const u16*)scales + index);
+    }
+    __device__ static __forceinline__ u32 word(const Scale& held, const float*, float) { return held.exponents; }
 };
 
 // Floats as they are: scales are 1, but on Turing a row's block has an exponent like an activation's.

@@ -17,6 +17,10 @@ ENTRY __launch_bounds__(256) embed(const bf16* table, const u32* tokens, u32 voc
     }
 }
 
+// Columns that a thread has at a time, and how many times: rows are to 16384 long for 1024 threads.
+constexpr u32 OWN = 4;
+constexpr u32 ROUNDS = 4;
+
 // Adds `part_count` parts to a row of x, by weight and in their order, then normalises the row.
 //
 // Output row i is made of row `rows[i]` of x and parts, or of row i where `rows` is null; weights may be null (all 1).
@@ -26,29 +30,45 @@ ENTRY __launch_bounds__(1024) add_norm(float* x, const float* parts, u32 part_co
                                        bf16* out_bf16, float* out_f32) {
     __shared__ float slots[WARP];
     let_next_start();
+    float4 gains[ROUNDS], values[ROUNDS];
+#pragma unroll
+    for (u32 round = 0; round < ROUNDS; round++) {
+        u32 at = (round * blockDim.x + threadIdx.x) * OWN;
+        if (at < hidden) gains[round] = *(const float4*)(norm_weight + at);
+    }
     wait_for_previous();
     size_t row = rows != nullptr ? rows[blockIdx.x] : blockIdx.x;
     float* own = x + row * hidden;
     float squares = 0;
-    for (u32 i = threadIdx.x; i < hidden; i += blockDim.x) {
-        float value = own[i];
-        if (part_count > 0) {
-            float change = 0;
-            for (u32 part = 0; part < part_count; part++) {
-                size_t at = row * part_count + part;
-                float weight = part_weights != nullptr ? part_weights[at] : 1.0f;
-                change = fmaf(weight, parts[at * hidden + i], change);
-            }
-            value += change;
-            own[i] = value;
+#pragma unroll
+    for (u32 round = 0; round < ROUNDS; round++) {
+        u32 at = (round * blockDim.x + threadIdx.x) * OWN;
+        if (at >= hidden) break;
+        float4 value = *(const float4*)(own + at), change = {0, 0, 0, 0};
+#pragma unroll 4
+        for (u32 part = 0; part < part_count; part++) {
+            float weight = part_weights != nullptr ? part_weights[row * part_count + part] : 1.0f;
+            float4 more = *(const float4*)(parts + (row * part_count + part) * hidden + at);
+            change.x = fmaf(weight, more.x, change.x), change.y = fmaf(weight, more.y, change.y);
+            change.z = fmaf(weight, more.z, change.z), change.w = fmaf(weight, more.w, change.w);
         }
-        squares = fmaf(value, value, squares);
+        value.x += change.x, value.y += change.y, value.z += change.z, value.w += change.w;
+        if (part_count > 0) *(float4*)(own + at) = value;
+        squares = fmaf(value.x, value.x, squares), squares = fmaf(value.y, value.y, squares);
+        squares = fmaf(value.z, value.z, squares), squares = fmaf(value.w, value.w, squares);
+        values[round] = value;
     }
     float scale = 1.0f / sqrtf(block_sum(squares, slots) / (float)hidden + epsilon);
-    for (u32 i = threadIdx.x; i < hidden; i += blockDim.x) {
-        float value = own[i] * scale * norm_weight[i];
-        size_t at = (size_t)blockIdx.x * hidden + i;
-        if (out_bf16 != nullptr) out_bf16[at] = narrow(value);
-        if (out_f32 != nullptr) out_f32[at] = value;
+#pragma unroll
+    for (u32 round = 0; round < ROUNDS; round++) {
+        u32 at = (round * blockDim.x + threadIdx.x) * OWN;
+        if (at >= hidden) break;
+        float4 value = values[round], gain = gains[round];
+        value.x *= scale * gain.x, value.y *= scale * gain.y, value.z *= scale * gain.z, value.w *= scale * gain.w;
+        size_t place = (size_t)blockIdx.x * hidden + at;
+        if (out_bf16 != nullptr) {
+            *(uint2*)(out_bf16 + place) = uint2{narrow_pair(value.x, value.y), narrow_pair(value.z, value.w)};
+        }
+        if (out_f32 != nullptr) *(float4*)(out_f32 + place) = value;
     }
 }

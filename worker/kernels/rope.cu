@@ -13,8 +13,9 @@ struct Turned {
     float second[PAIRS_MAX];
 };
 
-__device__ __forceinline__ void write_head(KvBf16, u8* block, u32 is_value, u32 token, u32 dim, const Turned& turned) {
-    bf16* to = (bf16*)block + ((size_t)is_value * BLOCK_TOKENS + token) * dim;
+// Stores a head as the cache does, in `row`; every lane of a warp calls.
+__device__ __forceinline__ void write_head(KvBf16, u8* row, float*, u32 dim, const Turned& turned) {
+    bf16* to = (bf16*)row;
     u32 half = dim / 2;
 #pragma unroll
     for (u32 i = 0; i < PAIRS_MAX; i++) {
@@ -29,7 +30,7 @@ __device__ __forceinline__ u8 quantise(float value, float inverse) {
     return (u8)(signed char)(int)rintf(value * inverse);
 }
 
-__device__ __forceinline__ void write_head(KvInt8, u8* block, u32 is_value, u32 token, u32 dim, const Turned& turned) {
+__device__ __forceinline__ void write_head(KvInt8, u8* row, float* scale, u32 dim, const Turned& turned) {
     u32 half = dim / 2;
     float largest = 0;
 #pragma unroll
@@ -40,17 +41,31 @@ __device__ __forceinline__ void write_head(KvInt8, u8* block, u32 is_value, u32 
     }
     largest = warp_max(largest);
     // A head of zeros has scale 0; what is not a number stays none in the scale, and so in every score.
-    float scale = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    u8* to = block + ((size_t)is_value * BLOCK_TOKENS + token) * dim;
+    float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
 #pragma unroll
     for (u32 i = 0; i < PAIRS_MAX; i++) {
         u32 pair = threadIdx.x % WARP + i * WARP;
         if (pair >= half) break;
-        to[pair] = quantise(turned.first[i], inverse);
-        to[pair + half] = quantise(turned.second[i], inverse);
+        row[pair] = quantise(turned.first[i], inverse);
+        row[pair + half] = quantise(turned.second[i], inverse);
     }
-    float* scales = (float*)(block + 2 * BLOCK_TOKENS * dim);
-    if (threadIdx.x % WARP == 0) scales[is_value * BLOCK_TOKENS + token] = scale;
+    if (threadIdx.x % WARP == 0) *scale = largest / 127.0f;
+}
+
+// A warp's lanes take the pairs of one head; what is no query or key (`is_turned` false) stays as it is.
+__device__ __forceinline__ Turned turn_head(const float* own, const float* cosines, const float* sines, u32 half,
+                                            bool is_turned) {
+    Turned turned = {};
+#pragma unroll
+    for (u32 i = 0; i < PAIRS_MAX; i++) {
+        u32 pair = threadIdx.x % WARP + i * WARP;
+        if (pair >= half) break;
+        float first = own[pair], second = own[pair + half];
+        float cosine = is_turned ? cosines[pair] : 1.0f, sine = is_turned ? sines[pair] : 0.0f;
+        turned.first[i] = is_turned ? first * cosine - second * sine : first;
+        turned.second[i] = is_turned ? second * cosine + first * sine : second;
+    }
+    return turned;
 }
 
 // A warp for each head of queries, keys and values of one row: queries are rotated in place, the others go to the cache.
@@ -63,25 +78,21 @@ __device__ __forceinline__ void rope_and_write(float* qkv, const float* cosines,
     if (head >= query_heads + 2 * layer.kv_heads) return;
     float* own = qkv + ((size_t)row * (query_heads + 2 * layer.kv_heads) + head) * layer.dim;
     bool is_value = head >= query_heads + layer.kv_heads;
-    Turned turned = {};
+    Turned turned = turn_head(own, cosines + (size_t)row * half, sines + (size_t)row * half, half, !is_value);
+    if (head < query_heads) {
 #pragma unroll
-    for (u32 i = 0; i < PAIRS_MAX; i++) {
-        u32 pair = threadIdx.x % WARP + i * WARP;
-        if (pair >= half) break;
-        float first = own[pair], second = own[pair + half];
-        float cosine = is_value ? 1.0f : cosines[(size_t)row * half + pair];
-        float sine = is_value ? 0.0f : sines[(size_t)row * half + pair];
-        turned.first[i] = is_value ? first : first * cosine - second * sine;
-        turned.second[i] = is_value ? second : second * cosine + first * sine;
-        if (head < query_heads) {
+        for (u32 i = 0; i < PAIRS_MAX; i++) {
+            u32 pair = threadIdx.x % WARP + i * WARP;
+            if (pair >= half) break;
             own[pair] = turned.first[i];
             own[pair + half] = turned.second[i];
         }
+        return;
     }
-    if (head < query_heads) return;
-    u32 position = tables.positions[row], kv_head = (head - query_heads) % layer.kv_heads;
+    u32 position = tables.positions[row], kv_head = (head - query_heads) % layer.kv_heads, token = position % BLOCK_TOKENS;
     u8* block = layer.head_block(tables.block(tables.sequences[row], position), kv_head, Kv::block_bytes(layer.dim));
-    write_head(Kv(), block, is_value, position % BLOCK_TOKENS, layer.dim, turned);
+    write_head(Kv(), stored_row<Kv>(block, is_value, token, layer.dim), stored_scale(block, is_value, token, layer.dim),
+               layer.dim, turned);
 }
 
 #define ROPE(NAME, KV)                                                                                                 \

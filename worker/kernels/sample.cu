@@ -34,60 +34,98 @@ __device__ __forceinline__ double power(float logit, float largest, float temper
     return exp(((double)logit - (double)largest) / (double)temperature);
 }
 
-// Sums f64 over the block in the order of the threads.
-__device__ __forceinline__ double ordered_sum(double value, double* slots) {
-    slots[threadIdx.x] = value;
-    __syncthreads();
-    double total = 0;
-    if (threadIdx.x == 0) {
-        for (u32 i = 0; i < SAMPLE_THREADS; i++) total += slots[i];
-    }
-    return total;
-}
-
 __device__ __forceinline__ bool is_better(float logit, u32 token, float than, u32 than_token) {
     return logit > than || (logit == than && token < than_token);
 }
 
+constexpr u32 SAMPLE_WARPS = SAMPLE_THREADS / WARP;
+
+// Shared room of both kernels.
+struct Room {
+    float logits[SAMPLE_WARPS];
+    u32 tokens[SAMPLE_WARPS];
+    u32 brokens[SAMPLE_WARPS];
+    double sums[SAMPLE_WARPS];
+    u32 firsts[SAMPLE_WARPS];
+    u32 lasts[SAMPLE_WARPS];
+    double left;
+    u32 index;
+};
+
+__device__ __forceinline__ void keep_better(float& largest, u32& token, u32& broken, float logit, u32 other, u32 other_broken) {
+    if (is_better(logit, other, largest, token)) largest = logit, token = other;
+    broken = other_broken < broken ? other_broken : broken;
+}
+
 // The best of the threads' candidates and the first broken token; valid in every thread.
-__device__ __forceinline__ void best_of_block(float& largest, u32& token, u32& broken, float* logits, u32* tokens, u32* brokens) {
-    logits[threadIdx.x] = largest;
-    tokens[threadIdx.x] = token;
-    brokens[threadIdx.x] = broken;
-    __syncthreads();
-    for (u32 distance = SAMPLE_THREADS / 2; distance > 0; distance /= 2) {
-        if (threadIdx.x < distance) {
-            u32 other = threadIdx.x + distance;
-            if (is_better(logits[other], tokens[other], logits[threadIdx.x], tokens[threadIdx.x])) {
-                logits[threadIdx.x] = logits[other];
-                tokens[threadIdx.x] = tokens[other];
-            }
-            brokens[threadIdx.x] = brokens[other] < brokens[threadIdx.x] ? brokens[other] : brokens[threadIdx.x];
-        }
-        __syncthreads();
+__device__ __forceinline__ void best_of_block(float& largest, u32& token, u32& broken, Room& room) {
+#pragma unroll
+    for (u32 distance = WARP / 2; distance > 0; distance /= 2) {
+        float logit = __shfl_xor_sync(ALL_LANES, largest, distance);
+        u32 other = __shfl_xor_sync(ALL_LANES, token, distance), other_broken = __shfl_xor_sync(ALL_LANES, broken, distance);
+        keep_better(largest, token, broken, logit, other, other_broken);
     }
-    largest = logits[0], token = tokens[0], broken = brokens[0];
+    if (threadIdx.x % WARP == 0) {
+        room.logits[threadIdx.x / WARP] = largest;
+        room.tokens[threadIdx.x / WARP] = token;
+        room.brokens[threadIdx.x / WARP] = broken;
+    }
+    __syncthreads();
+    for (u32 warp = 0; warp < SAMPLE_WARPS; warp++) {
+        keep_better(largest, token, broken, room.logits[warp], room.tokens[warp], room.brokens[warp]);
+    }
+}
+
+// What the threads before this one have, and all together; in an order that the number of threads fixes.
+struct Running {
+    double before;
+    double total;
+};
+
+__device__ __forceinline__ Running run_sum(double own, Room& room) {
+    u32 lane = threadIdx.x % WARP;
+    double with_own = own;
+#pragma unroll
+    for (u32 distance = 1; distance < WARP; distance *= 2) {
+        double lower = __shfl_sync(ALL_LANES, with_own, lane >= distance ? lane - distance : lane);
+        if (lane >= distance) with_own += lower;
+    }
+    if (lane == WARP - 1) room.sums[threadIdx.x / WARP] = with_own;
+    double before = __shfl_sync(ALL_LANES, with_own, lane > 0 ? lane - 1 : 0);
+    before = lane > 0 ? before : 0.0;
+    __syncthreads();
+    double base = 0, total = 0;
+    for (u32 warp = 0; warp < SAMPLE_WARPS; warp++) {
+        if (warp == threadIdx.x / WARP) base = total;
+        total += room.sums[warp];
+    }
+    return Running{base + before, total};
 }
 
 // Thread t of a chunk owns its tokens 4 t .. 4 t + 3.
 ENTRY __launch_bounds__(256) choose_scan(const float* logits, u32 vocabulary, const float* temperatures, Partial* partials) {
-    __shared__ float bests[SAMPLE_THREADS];
-    __shared__ u32 tokens[SAMPLE_THREADS], brokens[SAMPLE_THREADS];
-    __shared__ double sums[SAMPLE_THREADS];
+    __shared__ Room room;
     let_next_start();
     wait_for_previous();
     const float* own = logits + (size_t)blockIdx.y * vocabulary;
     u32 first = blockIdx.x * CHUNK + threadIdx.x * OWN, token = NONE, broken = NONE;
-    float largest = float_of_bits(0xff800000u), temperature = temperatures[blockIdx.y];
-    for (u32 i = first; i < first + OWN && i < vocabulary; i++) {
-        if (!is_finite(own[i])) broken = i < broken ? i : broken;
-        if (is_better(own[i], i, largest, token)) largest = own[i], token = i;
+    float largest = float_of_bits(0xff800000u), temperature = temperatures[blockIdx.y], values[OWN];
+#pragma unroll
+    for (u32 i = 0; i < OWN; i++) values[i] = first + i < vocabulary ? own[first + i] : float_of_bits(0xff800000u);
+#pragma unroll
+    for (u32 i = 0; i < OWN; i++) {
+        if (first + i >= vocabulary) break;
+        if (!is_finite(values[i])) broken = first + i < broken ? first + i : broken;
+        if (is_better(values[i], first + i, largest, token)) largest = values[i], token = first + i;
     }
-    best_of_block(largest, token, broken, bests, tokens, brokens);
+    best_of_block(largest, token, broken, room);
     double sum = 0;
     if (temperature > 0.0f) {
-        for (u32 i = first; i < first + OWN && i < vocabulary; i++) sum += power(own[i], largest, temperature);
-        sum = ordered_sum(sum, sums);
+#pragma unroll
+        for (u32 i = 0; i < OWN; i++) {
+            if (first + i < vocabulary) sum += power(values[i], largest, temperature);
+        }
+        sum = run_sum(sum, room).total;
     }
     if (threadIdx.x == 0) partials[blockIdx.y * gridDim.x + blockIdx.x] = Partial{sum, largest, token, broken, 0};
 }
@@ -104,77 +142,92 @@ __device__ __forceinline__ double uniform(u64 seed, u64 position) {
     return (double)(mix(mix(seed + gamma) ^ ((position + 1) * gamma)) >> 11) * (1.0 / 9007199254740992.0);
 }
 
-// Walks the chunks up to the one where the draw falls. Gives its index and what is left of the draw in its own scale.
-__device__ __forceinline__ u32 find_chunk(const Partial* partials, u32 chunks, float largest, float temperature,
-                                          double share, double& left) {
-    double total = 0;
-    for (u32 i = 0; i < chunks; i++) total += partials[i].sum * power(partials[i].largest, largest, temperature);
-    left = share * total;
-    u32 chosen = 0;
-    for (u32 i = 0; i < chunks; i++) {
-        double scale = power(partials[i].largest, largest, temperature), weight = partials[i].sum * scale;
-        if (!(weight > 0)) continue;
-        chosen = i;
-        if (left < weight) break;
-        left -= weight;
+// Finds the thread in whose weights a draw falls: the first that it does not pass, or the last that has any. That thread
+// leaves what is left of the draw in `room.left`; every thread gets its number.
+__device__ __forceinline__ u32 find_thread(double own, double before, double draw, Room& room) {
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 some = __ballot_sync(ALL_LANES, own > 0), hit = __ballot_sync(ALL_LANES, own > 0 && draw < before + own);
+    // The lowest bit of `hit` and the highest of `some`.
+    if (lane == 0) {
+        room.firsts[warp] = hit != 0 ? warp * WARP + __popc((hit & (0u - hit)) - 1) : NONE;
+        u32 top = some;
+        for (u32 shift = 1; shift < WARP; shift *= 2) top |= top >> shift;
+        room.lasts[warp] = some != 0 ? warp * WARP + __popc(top) - 1 : NONE;
     }
-    left = left / power(partials[chosen].largest, largest, temperature);
+    __syncthreads();
+    u32 first = NONE, last = 0;
+    for (u32 i = 0; i < SAMPLE_WARPS; i++) {
+        first = room.firsts[i] < first ? room.firsts[i] : first;
+        last = room.lasts[i] != NONE ? room.lasts[i] : last;
+    }
+    return first != NONE ? first : last;
+}
+
+// Of a thread's `count` weights, the one where the draw falls: the first that it does not pass, or the last there is.
+template <class Weight> __device__ __forceinline__ u32 find_own(u32 first, u32 count, Weight weight, double& left) {
+    u32 chosen = first;
+    for (u32 i = first; i < first + count; i++) {
+        double own = weight(i);
+        if (!(own > 0)) continue;
+        chosen = i;
+        if (left < own) break;
+        left -= own;
+    }
     return chosen;
 }
 
-// The token of a chunk where the draw falls; thread 0 walks the threads' sums, then that thread's tokens.
-__device__ __forceinline__ u32 find_token(const float* own, u32 chunk, u32 vocabulary, float largest, float temperature,
-                                          double left, double* sums) {
-    u32 first = chunk * CHUNK + threadIdx.x * OWN;
-    double sum = 0;
-    for (u32 i = first; i < first + OWN && i < vocabulary; i++) sum += power(own[i], largest, temperature);
-    sums[threadIdx.x] = sum;
+// The chunk where the draw falls, known to all; leaves what is left of the draw, in the chunk's scale, in `room.left`.
+__device__ __forceinline__ u32 find_chunk(const Partial* partials, u32 chunks, float largest, float temperature,
+                                          double share, Room& room) {
+    u32 each = (chunks + SAMPLE_THREADS - 1) / SAMPLE_THREADS, first = threadIdx.x * each;
+    u32 count = first >= chunks ? 0 : chunks - first < each ? chunks - first : each;
+    auto weight = [&](u32 i) { return partials[i].sum * power(partials[i].largest, largest, temperature); };
+    double own = 0;
+    for (u32 i = first; i < first + count; i++) own += weight(i);
+    Running running = run_sum(own, room);
+    double draw = share * running.total;
+    if (find_thread(own, running.before, draw, room) == threadIdx.x) {
+        double left = draw - running.before;
+        u32 chunk = find_own(first, count, weight, left);
+        room.index = chunk;
+        room.left = left / power(partials[chunk].largest, largest, temperature);
+    }
     __syncthreads();
-    if (threadIdx.x != 0) return 0;
-    u32 thread = 0;
-    for (u32 i = 0; i < SAMPLE_THREADS; i++) {
-        if (!(sums[i] > 0)) continue;
-        thread = i;
-        if (left < sums[i]) break;
-        left -= sums[i];
+    return room.index;
+}
+
+// The token of a chunk where the draw falls; valid in every thread.
+__device__ __forceinline__ u32 find_token(const float* own, u32 chunk, u32 vocabulary, float largest, float temperature,
+                                          Room& room) {
+    u32 first = chunk * CHUNK + threadIdx.x * OWN;
+    u32 count = first >= vocabulary ? 0 : vocabulary - first < OWN ? vocabulary - first : OWN;
+    auto weight = [&](u32 i) { return power(own[i], largest, temperature); };
+    double sum = 0, draw = room.left;
+    for (u32 i = first; i < first + count; i++) sum += weight(i);
+    Running running = run_sum(sum, room);
+    if (find_thread(sum, running.before, draw, room) == threadIdx.x) {
+        double left = draw - running.before;
+        room.index = find_own(first, count, weight, left);
     }
-    u32 token = 0;
-    first = chunk * CHUNK + thread * OWN;
-    for (u32 i = first; i < first + OWN && i < vocabulary; i++) {
-        double weight = power(own[i], largest, temperature);
-        if (!(weight > 0)) continue;
-        token = i;
-        left -= weight;
-        if (left < 0) break;
-    }
-    return token;
+    __syncthreads();
+    return room.index;
 }
 
 ENTRY __launch_bounds__(256) choose_pick(const float* logits, u32 vocabulary, const float* temperatures, const u64* seeds,
                                          const u64* positions, const Partial* partials, u32 chunks, Chosen* chosen) {
-    __shared__ float bests[SAMPLE_THREADS];
-    __shared__ u32 tokens[SAMPLE_THREADS], brokens[SAMPLE_THREADS];
-    __shared__ double sums[SAMPLE_THREADS];
-    __shared__ double shared_left;
-    __shared__ u32 shared_chunk;
+    __shared__ Room room;
     let_next_start();
     wait_for_previous();
     u32 row = blockIdx.x, token = NONE, broken = NONE;
     const Partial* own = partials + (size_t)row * chunks;
     float largest = float_of_bits(0xff800000u), temperature = temperatures[row];
     for (u32 i = threadIdx.x; i < chunks; i += SAMPLE_THREADS) {
-        if (is_better(own[i].largest, own[i].token, largest, token)) largest = own[i].largest, token = own[i].token;
-        broken = own[i].broken < broken ? own[i].broken : broken;
+        keep_better(largest, token, broken, own[i].largest, own[i].token, own[i].broken);
     }
-    best_of_block(largest, token, broken, bests, tokens, brokens);
+    best_of_block(largest, token, broken, room);
     if (temperature > 0.0f && broken == NONE) {
-        if (threadIdx.x == 0) {
-            shared_chunk = find_chunk(own, chunks, largest, temperature, uniform(seeds[row], positions[row]), shared_left);
-        }
-        __syncthreads();
-        u32 chunk = shared_chunk;
-        token = find_token(logits + (size_t)row * vocabulary, chunk, vocabulary, own[chunk].largest, temperature,
-                           shared_left, sums);
+        u32 chunk = find_chunk(own, chunks, largest, temperature, uniform(seeds[row], positions[row]), room);
+        token = find_token(logits + (size_t)row * vocabulary, chunk, vocabulary, own[chunk].largest, temperature, room);
     }
     if (threadIdx.x == 0) chosen[row] = Chosen{token, broken};
 }

@@ -1,26 +1,30 @@
-//! matvec.cu: dense layers for 1 to 16 tokens.
+//! matvec.cu: dense layers, some tokens at a time.
 
 use bulkhead_worker::quant::cpu::Cpu;
 
 use crate::emulator::{Arg, Factors, Fault, Order, Program, Session};
 use crate::support::{Format, Layer, Random, check_file, compare, descriptors, same_bits, scale_values};
 
-const KERNELS: [&str; 12] = [
+const KERNELS: [&str; 16] = [
     "matmul_nf4",
     "matmul_nf4_nested",
     "matmul_mxfp4",
     "matmul_bf16",
     "matvec_nf4_8",
     "matvec_nf4_16",
+    "matvec_nf4_32",
     "matvec_nf4_nested_8",
     "matvec_nf4_nested_16",
+    "matvec_nf4_nested_32",
     "matvec_mxfp4_8",
     "matvec_mxfp4_16",
+    "matvec_mxfp4_32",
     "matvec_bf16_8",
     "matvec_bf16_16",
+    "matvec_bf16_32",
 ];
 
-const FAULTS: [Fault; 9] = [
+const FAULTS: [Fault; 17] = [
     Fault {
         name: "NF4's nibbles swapped",
         file: "formats.cuh",
@@ -29,45 +33,93 @@ const FAULTS: [Fault; 9] = [
     },
     Fault {
         name: "the scale of the wrong row",
-        file: "formats.cuh",
-        from: "held.scale[which] = __ldcs((const float*)m.scales + index);",
-        to: "held.scale[which] = __ldcs((const float*)m.scales + (index > blocks ? index - blocks : index));",
+        file: "matvec.cuh",
+        from: "own = item.row + lane / 2;",
+        to: "own = item.row + lane / 4;",
+    },
+    Fault {
+        name: "the scale of the wrong block",
+        file: "matvec.cuh",
+        from: "__shfl_sync(ALL_LANES, word, group * 2 + half)",
+        to: "__shfl_sync(ALL_LANES, word, group * 2 + 1 - half)",
     },
     Fault {
         name: "nested groups of twice the size",
         file: "formats.cuh",
-        from: "from.nested[index / NESTED_GROUP]",
-        to: "from.nested[index / (2 * NESTED_GROUP)]",
+        from: "held.nested = nested[index / NESTED_GROUP];",
+        to: "held.nested = nested[index / (2 * NESTED_GROUP)];",
     },
     Fault {
         name: "MXFP4's exponents of a block swapped",
         file: "formats.cuh",
-        from: "held.exponents[which] >> (8 * group)",
-        to: "held.exponents[which] >> (8 - 8 * group)",
+        from: "(word >> (8 * group))",
+        to: "(word >> (8 - 8 * group))",
+    },
+    Fault {
+        name: "MXFP4's groups of a block exchanged",
+        file: "formats.cuh",
+        from: "held.codes[0][0] = words[0], held.codes[0][1] = words[4];",
+        to: "held.codes[0][0] = words[4], held.codes[0][1] = words[0];",
+    },
+    Fault {
+        name: "a unit multiplied before it has come",
+        file: "matvec.cuh",
+        from: "wait_for_copies<HELD - 1>();",
+        to: "wait_for_copies<HELD>();",
+    },
+    Fault {
+        name: "lanes that don't wait for each other's copies",
+        file: "matvec.cuh",
+        from: "        __syncwarp();\n        if (2 * unit < work.blocks)",
+        to: "        if (2 * unit < work.blocks)",
+    },
+    Fault {
+        name: "the second block of a last unit taken for real",
+        file: "matvec.cuh",
+        from: "if (2 * unit + half >= work.blocks) break;",
+        to: "",
     },
     Fault {
         name: "no barrier before the sums are collected",
         file: "matvec.cuh",
-        from: "    __syncthreads();\n    float total = 0;",
-        to: "    float total = 0;",
+        from: "        __syncthreads();\n        collect_sums",
+        to: "        collect_sums",
     },
     Fault {
         name: "no barrier after the sums are collected",
         file: "matvec.cuh",
-        from: "        __syncthreads();\n        item = next;",
-        to: "        item = next;",
+        from: "if (SUM_SETS<TILES> == 1) __syncthreads();",
+        to: "",
+    },
+    Fault {
+        name: "one set of sums where two are taken in turn",
+        file: "matvec.cuh",
+        from: "float* own = slots + set * (SUM_BYTES<TILES> / 4);",
+        to: "float* own = slots;",
     },
     Fault {
         name: "no barrier after the tables are filled",
         file: "matvec.cuh",
-        from: "if (Job::KNOWN_BEFORE) wait_for_previous();\n    __syncthreads();",
-        to: "if (Job::KNOWN_BEFORE) wait_for_previous();",
+        from: "        wait_for_previous();\n    }\n    __syncthreads();",
+        to: "        wait_for_previous();\n    }",
     },
     Fault {
         name: "one warp's sum left out",
         file: "matvec.cuh",
         from: "for (u32 warp = 0; warp < MATVEC_WARPS; warp++) total",
         to: "for (u32 warp = 1; warp < MATVEC_WARPS; warp++) total",
+    },
+    Fault {
+        name: "activations past a kernel's tiles forgotten",
+        file: "matvec.cuh",
+        from: "if (item.first_column < job.columns(item.group)) return item;",
+        to: "",
+    },
+    Fault {
+        name: "a block's share one short",
+        file: "matvec.cuh",
+        from: "end = index + share + (blockIdx.x < more ? 1 : 0);",
+        to: "end = index + share;",
     },
     Fault {
         name: "the bias of the first matrix for all",
@@ -77,10 +129,10 @@ const FAULTS: [Fault; 9] = [
     },
 ];
 
-/// Bytes of dynamic shared memory that matvec.cuh asks for.
-pub(crate) fn shared_bytes(format: Format, tiles: u32, staged_columns: u32, columns: u32) -> u32 {
-    let table = if format == Format::Bf16 { 0 } else { 32768 };
-    table + 1024 + tiles * 4096 + staged_columns * (columns + 8) * 2
+/// Bytes of dynamic shared memory that matvec.cuh asks for, from compute capability 8.0 on.
+pub(crate) fn shared_bytes(format: Format, tiles: u32, stage_columns: u32, columns: u32) -> u32 {
+    let table_and_pipe = if format == Format::Bf16 { 0 } else { 32768 + 24576 };
+    table_and_pipe + 1024 + if tiles == 4 { 16384 } else { 8192 } + stage_columns * (columns + 8) * 2
 }
 
 struct Case {
@@ -94,7 +146,7 @@ struct Case {
 struct Way {
     tiles: u32,
     grid: u32,
-    is_staged: bool,
+    stage_columns: u32,
     order: Order,
 }
 
@@ -105,8 +157,7 @@ fn run(program: &Program, case: &Case, layers: &[Layer], x: &[f32], way: Way) ->
     let matrices = descriptors(&mut session, layers);
     let (x, map) = (session.narrow(x), scale_values(&mut session));
     let out = session.output((batch * width * 4) as usize);
-    let staged_columns = if way.is_staged { batch } else { 0 };
-    let shared = shared_bytes(case.format, way.tiles, staged_columns, case.columns as u32);
+    let shared = shared_bytes(case.format, way.tiles, way.stage_columns, case.columns as u32);
     let name = format!("matvec_{}_{}", case.format.name(), way.tiles * 8);
     let arguments = [
         Arg::At(matrices),
@@ -117,7 +168,7 @@ fn run(program: &Program, case: &Case, layers: &[Layer], x: &[f32], way: Way) ->
         Arg::At(out),
         Arg::Word(width),
         Arg::At(map),
-        Arg::Word(u32::from(way.is_staged)),
+        Arg::Word(way.stage_columns),
     ];
     session.launch(&name, ([way.grid, 1, 1], 256, shared), way.order, &arguments);
     Ok(session.run(program)?.floats(out))
@@ -195,7 +246,7 @@ fn check_case(program: &Program, order: Order, case: &Case, random: &mut Random)
             row[layer.output as usize..layer.output as usize + own.len()].copy_from_slice(own);
         }
     }
-    let all = run(program, case, &layers, &x, Way { tiles: 2, grid: 2, is_staged: true, order })?;
+    let all = run(program, case, &layers, &x, Way { tiles: 2, grid: 2, stage_columns: 16, order })?;
     for (row, (found, expected)) in all.chunks_exact(width).zip(expected.chunks_exact(width)).enumerate() {
         let what = format!("{:?} {:?}x{} row {row}", case.format, case.rows, case.columns);
         compare(&what, found, expected, case.format.tolerance())?;
@@ -203,9 +254,21 @@ fn check_case(program: &Program, order: Order, case: &Case, random: &mut Random)
     if case.columns < 1000 {
         check_many(program, case, &layers, &x, &expected, order)?;
     }
-    for (batch, tiles, grid, is_staged) in [(1, 1, 7, false), (1, 2, 1, true), (5, 1, 3, true), (11, 2, 4, false)] {
-        let part = run(program, case, &layers, &x[..batch * case.columns], Way { tiles, grid, is_staged, order })?;
+    // Grids with one piece, with unequal shares, and with blocks that have nothing to do; room for all activations, for
+    // none, and for the last ones only.
+    for (batch, tiles, grid, stage_columns) in
+        [(1, 1, 7, 0), (1, 2, 1, 1), (5, 1, 3, 5), (11, 2, 4, 10), (16, 1, 1, 8), (11, 1, 2, 3), (16, 4, 2, 0)]
+    {
+        let part = run(program, case, &layers, &x[..batch * case.columns], Way { tiles, grid, stage_columns, order })?;
         same_bits(&format!("{:?} batch {batch} and 16", case.format), &part, &all[..batch * width])?;
+    }
+    if case.columns < 1000 {
+        // More than 32: the kernel takes them a piece at a time.
+        let many: Vec<f32> = x.iter().cycle().take(37 * case.columns).copied().collect();
+        let found = run(program, case, &layers, &many, Way { tiles: 4, grid: 2, stage_columns: 32, order })?;
+        for (row, found) in found.chunks_exact(width).enumerate() {
+            same_bits(&format!("{:?} row {row} of 37", case.format), found, &all[row % 16 * width..][..width])?;
+        }
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ const KERNELS: [&str; 2] = ["choose_scan", "choose_pick"];
 const CHUNK: usize = 1024;
 const PARTIAL_BYTES: usize = 24;
 
-const FAULTS: [Fault; 6] = [
+const FAULTS: [Fault; 9] = [
     Fault {
         name: "the higher id among equals",
         file: "sample.cu",
@@ -20,28 +20,46 @@ const FAULTS: [Fault; 6] = [
     },
     Fault { name: "the position not mixed in", file: "sample.cu", from: "((position + 1) * gamma)", to: "gamma" },
     Fault {
-        name: "the first chunk's draw not taken off",
+        name: "what threads before have not taken off",
         file: "sample.cu",
-        from: "        left -= weight;\n    }",
-        to: "    }",
+        from: "double left = draw - running.before;\n        u32 chunk",
+        to: "double left = draw;\n        u32 chunk",
+    },
+    Fault {
+        name: "the warps before left out",
+        file: "sample.cu",
+        from: "return Running{base + before, total};",
+        to: "return Running{before, total};",
+    },
+    Fault {
+        name: "the last thread taken where a draw falls",
+        file: "sample.cu",
+        from: "return first != NONE ? first : last;",
+        to: "return last;",
     },
     Fault {
         name: "no barrier before the winner is read",
         file: "sample.cu",
-        from: "        __syncthreads();\n    }\n    largest = logits[0]",
-        to: "    }\n    largest = logits[0]",
+        from: "    }\n    __syncthreads();\n    for (u32 warp = 0; warp < SAMPLE_WARPS; warp++) {\n        keep_better",
+        to: "    }\n    for (u32 warp = 0; warp < SAMPLE_WARPS; warp++) {\n        keep_better",
+    },
+    Fault {
+        name: "no barrier before the chunk is read",
+        file: "sample.cu",
+        from: "largest, temperature);\n    }\n    __syncthreads();",
+        to: "largest, temperature);\n    }",
     },
     Fault {
         name: "broken logits overlooked",
         file: "sample.cu",
-        from: "if (!is_finite(own[i])) broken",
+        from: "if (!is_finite(values[i])) broken",
         to: "if (false) broken",
     },
     Fault {
         name: "chunks added without their scale",
         file: "sample.cu",
-        from: "weight = partials[i].sum * scale",
-        to: "weight = partials[i].sum",
+        from: "return partials[i].sum * power(partials[i].largest, largest, temperature); };",
+        to: "return partials[i].sum; };",
     },
 ];
 
