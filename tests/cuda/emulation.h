@@ -298,7 +298,9 @@ inline void multiply_tile(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 template <class T> T __shfl_xor_sync(unsigned, T value, unsigned distance) {
     return emulation::exchange(value, (emulation::current->index % emulation::LANES) ^ distance);
 }
-template <class T> T __shfl_sync(unsigned, T value, unsigned source) { return emulation::exchange(value, source % emulation::LANES); }
+template <class T> T __shfl_sync(unsigned, T value, unsigned source, unsigned width = emulation::LANES) {
+    return emulation::exchange(value, emulation::current->index % emulation::LANES / width * width + source % width);
+}
 inline unsigned __ballot_sync(unsigned, bool vote) {
     unsigned turn, votes = 0;
     const emulation::Fiber* warp = emulation::meet_warp(emulation::Meeting::Exchange, emulation::Shown{vote, {}}, turn);

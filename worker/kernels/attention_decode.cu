@@ -81,10 +81,10 @@ __device__ __forceinline__ void fetch_tile(const Piece& piece, const Layer& laye
         u32 token = i / pieces, at = i % pieces * Kv::PIECE, position = start + token;
         if (position == piece.position && !is_written) continue;
         u8* block = layer.head_block(tables.block(piece.sequence, position), piece.kv_head, Kv::block_bytes(layer.dim));
-        start_copy<Kv::PIECE>(rows + token * (bytes + Kv::PADDING) + at,
+        start_copy<Kv::PIECE>(near_of(rows + token * (bytes + Kv::PADDING) + at),
                               stored_row<Kv>(block, is_value, position % BLOCK_TOKENS, layer.dim) + at);
         if (Kv::SCALED && at == 0) {
-            start_copy<4>(scales + token, stored_scale(block, is_value, position % BLOCK_TOKENS, layer.dim));
+            start_copy<4>(near_of(scales + token), stored_scale(block, is_value, position % BLOCK_TOKENS, layer.dim));
         }
     }
     end_copies();

@@ -47,22 +47,47 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
+// An address in shared memory as a number of 32 bits, hidden from the compiler so that it is held and not made anew each
+// time; what is loaded through it stays behind the waits and barriers before it.
+#if defined(BULKHEAD_EMULATED)
+typedef u8* Near;
+__device__ __forceinline__ Near near_of(const void* shared) { return (u8*)shared; }
+__device__ __forceinline__ u32 near_word(Near at) { return *(const u32*)at; }
+__device__ __forceinline__ uint2 near_pair(Near at) { return *(const uint2*)at; }
+#else
+typedef u32 Near;
+__device__ __forceinline__ Near near_of(const void* shared) {
+    u32 at = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("" : "+r"(at));
+    return at;
+}
+__device__ __forceinline__ u32 near_word(Near at) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at));
+    return word;
+}
+__device__ __forceinline__ uint2 near_pair(Near at) {
+    uint2 pair;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(pair.x), "=r"(pair.y) : "r"(at));
+    return pair;
+}
+#endif
+
 // Starts a copy of 4, 8 or 16 bytes from global to shared memory; both lie on that many bytes. It is done for this thread
 // after wait_for_copies, and for the others after a barrier too. Before 8.0 the copy is made at once.
-template <u32 BYTES> __device__ __forceinline__ void start_copy(void* to, const void* from) {
+template <u32 BYTES> __device__ __forceinline__ void start_copy(Near at, const void* from) {
 #if defined(BULKHEAD_EMULATED)
-    emulation::start_copy(to, from, BYTES);
+    emulation::start_copy(at, from, BYTES);
 #elif __CUDA_ARCH__ >= 800
-    u32 at = (u32)__cvta_generic_to_shared(to);
     if (BYTES == 16) {
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
     } else {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
     }
 #else
-    if (BYTES == 16) *(uint4*)to = *(const uint4*)from;
-    if (BYTES == 8) *(uint2*)to = *(const uint2*)from;
-    if (BYTES == 4) *(u32*)to = *(const u32*)from;
+    for (u32 i = 0; i < BYTES / 4; i++) {
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + 4 * i), "r"(((const u32*)from)[i]) : "memory");
+    }
 #endif
 }
 
@@ -87,9 +112,9 @@ template <u32 PENDING> __device__ __forceinline__ void wait_for_copies() {
 // Says in every thread whether this block is the last of `blocks` to come here; then it sees what the others wrote
 // before. The counter is 0 before the first and after the last. `flag` is shared room for a word.
 __device__ __forceinline__ bool is_last_block(u32* counter, u32 blocks, u32* flag) {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();
         *flag = atomicAdd(counter, 1u) + 1 == blocks;
         if (*flag) *counter = 0;
         __threadfence();
@@ -100,6 +125,15 @@ __device__ __forceinline__ bool is_last_block(u32* counter, u32 blocks, u32* fla
 
 // Reads what another block of this launch, or a kernel that this one has not waited for, wrote: past the first-level cache.
 template <class T> __device__ __forceinline__ T read_through(const T* from) { return __ldcg(from); }
+
+// A byte of a word.
+__device__ __forceinline__ u32 byte_of(u32 word, u32 byte) {
+#if defined(BULKHEAD_EMULATED)
+    return (word >> (8 * byte)) & 255u;
+#else
+    return __byte_perm(word, 0, 0x4440 + byte);
+#endif
+}
 
 __device__ __forceinline__ float float_of_bits(u32 bits) { return __uint_as_float(bits); }
 

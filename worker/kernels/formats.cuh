@@ -45,8 +45,9 @@ template <bool HIGH_FIRST> __device__ __forceinline__ u32 byte_pair(const float*
     return HIGH_FIRST ? factor_pair(high, low) : factor_pair(low, high);
 }
 
-__device__ __forceinline__ u32 table_pair(const u32* table, u32 word, u32 byte) {
-    return table[((word >> (8 * byte)) & 255u) * WARP + threadIdx.x % WARP];
+// Looks a byte of a word up in the lane's copy of the table, `own`.
+__device__ __forceinline__ u32 table_pair(Near own, u32 word, u32 byte) {
+    return near_word(own + byte_of(word, byte) * (WARP * 4));
 }
 
 // Sixteen columns of two rows, as multiply_tile takes them: [row][pair].
@@ -83,6 +84,9 @@ struct Nf4Plain {
         held.scale[which] = __ldcs((const float*)m.scales + index);
     }
     __device__ static __forceinline__ void decode(const Held& held, const u32* table, Factors& out, float (&)[2]) {
+        decode_own(held, near_of(table + threadIdx.x % WARP), out);
+    }
+    __device__ static __forceinline__ void decode_own(const Held& held, Near table, Factors& out) {
 #pragma unroll
         for (u32 row = 0; row < 2; row++) {
 #pragma unroll
@@ -93,16 +97,17 @@ struct Nf4Plain {
     __device__ static __forceinline__ float scale(const Held& held, u32 which, u32, const ScaleSource&, size_t) {
         return held.scale[which];
     }
-    __device__ static __forceinline__ void take(const u8* codes, Held& held) {
-        u32 at = threadIdx.x % WARP / 4 * 32 + threadIdx.x % 4 * 8;
-        held.codes[0] = *(const uint2*)(codes + at);
-        held.codes[1] = *(const uint2*)(codes + at + 8 * 32);
+    __device__ static __forceinline__ u32 own_codes(u32 lane) { return lane / 4 * 32 + lane % 4 * 8; }
+    __device__ static __forceinline__ void take(Near own, Held& held) {
+        held.codes[0] = near_pair(own);
+        held.codes[1] = near_pair(own + 8 * 32);
     }
     struct Scale {
         float scale;
     };
-    __device__ static __forceinline__ void load_scale(const u8* scales, const float*, size_t index, Scale& held) {
-        held.scale = __ldcs((const float*)scales + index);
+    static constexpr u32 SCALE_BYTES = 4;
+    __device__ static __forceinline__ void load_scale(const u8* at, const float*, u32, Scale& held) {
+        held.scale = __ldcs((const float*)at);
     }
     __device__ static __forceinline__ u32 word(const Scale& held, const float*, float) { return __float_as_uint(held.scale); }
     __device__ static __forceinline__ float spread(u32 word, u32) { return float_of_bits(word); }
@@ -126,6 +131,9 @@ struct Nf4Nested {
         held.code[which] = m.scales[index];
     }
     __device__ static __forceinline__ void decode(const Held& held, const u32* table, Factors& out, float (&)[2]) {
+        decode_own(held, near_of(table + threadIdx.x % WARP), out);
+    }
+    __device__ static __forceinline__ void decode_own(const Held& held, Near table, Factors& out) {
 #pragma unroll
         for (u32 row = 0; row < 2; row++) {
 #pragma unroll
@@ -137,17 +145,18 @@ struct Nf4Nested {
     __device__ static __forceinline__ float scale(const Held& held, u32 which, u32, const ScaleSource& from, size_t index) {
         return __fadd_rn(__fmul_rn(from.map[held.code[which]], from.nested[index / NESTED_GROUP]), from.offset);
     }
-    __device__ static __forceinline__ void take(const u8* codes, Held& held) {
-        u32 at = threadIdx.x % WARP / 4 * 32 + threadIdx.x % 4 * 8;
-        held.codes[0] = *(const uint2*)(codes + at);
-        held.codes[1] = *(const uint2*)(codes + at + 8 * 32);
+    __device__ static __forceinline__ u32 own_codes(u32 lane) { return lane / 4 * 32 + lane % 4 * 8; }
+    __device__ static __forceinline__ void take(Near own, Held& held) {
+        held.codes[0] = near_pair(own);
+        held.codes[1] = near_pair(own + 8 * 32);
     }
     struct Scale {
         u32 code;
         float nested;
     };
-    __device__ static __forceinline__ void load_scale(const u8* scales, const float* nested, size_t index, Scale& held) {
-        held.code = scales[index];
+    static constexpr u32 SCALE_BYTES = 1;
+    __device__ static __forceinline__ void load_scale(const u8* at, const float* nested, u32 index, Scale& held) {
+        held.code = *at;
         held.nested = nested[index / NESTED_GROUP];
     }
     __device__ static __forceinline__ u32 word(const Scale& held, const float* map, float offset) {
@@ -177,6 +186,9 @@ struct Mxfp4 {
         held.exponents[which] = __ldcs((const u16*)m.scales + index);
     }
     __device__ static __forceinline__ void decode(const Held& held, const u32* table, Factors& out, float (&)[2]) {
+        decode_own(held, near_of(table + threadIdx.x % WARP), out);
+    }
+    __device__ static __forceinline__ void decode_own(const Held& held, Near table, Factors& out) {
 #pragma unroll
         for (u32 row = 0; row < 2; row++) {
 #pragma unroll
@@ -191,16 +203,17 @@ struct Mxfp4 {
     __device__ static __forceinline__ float scale(const Held& held, u32 which, u32 group, const ScaleSource&, size_t) {
         return spread(held.exponents[which], group);
     }
-    __device__ static __forceinline__ void take(const u8* codes, Held& held) {
-        const u32* words = (const u32*)codes + threadIdx.x % WARP / 4 * 8 + threadIdx.x % 4;
-        held.codes[0][0] = words[0], held.codes[0][1] = words[4];
-        held.codes[1][0] = words[64], held.codes[1][1] = words[68];
+    __device__ static __forceinline__ u32 own_codes(u32 lane) { return lane / 4 * 32 + lane % 4 * 4; }
+    __device__ static __forceinline__ void take(Near own, Held& held) {
+        held.codes[0][0] = near_word(own), held.codes[0][1] = near_word(own + 16);
+        held.codes[1][0] = near_word(own + 8 * 32), held.codes[1][1] = near_word(own + 8 * 32 + 16);
     }
     struct Scale {
         u32 exponents;
     };
-    __device__ static __forceinline__ void load_scale(const u8* scales, const float*, size_t index, Scale& held) {
-        held.exponents = __ldcs((const u16*)scales + index);
+    static constexpr u32 SCALE_BYTES = 2;
+    __device__ static __forceinline__ void load_scale(const u8* at, const float*, u32, Scale& held) {
+        held.exponents = __ldcs((const u16*)at);
     }
     __device__ static __forceinline__ u32 word(const Scale& held, const float*, float) { return held.exponents; }
 };

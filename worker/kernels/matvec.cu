@@ -30,7 +30,9 @@ struct DenseJob {
         }
         return Item{};
     }
+    __device__ __forceinline__ u32 rows(const Item& item) const { return item.matrix->rows; }
     __device__ __forceinline__ u32 columns(u32) const { return batch; }
+    __device__ __forceinline__ u32 source(u32, u32 column) const { return column; }
     __device__ __forceinline__ const bf16* x(u32, u32 column) const { return activations + (size_t)column * length; }
     __device__ __forceinline__ float bias(const Item& item, u32 row) const {
         row += item.row;

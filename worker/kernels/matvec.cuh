@@ -63,10 +63,10 @@ __device__ __forceinline__ void load_block(const Item& item, u32 block, u32 bloc
     Format::load(*item.matrix, 1, second < last ? second : last, block, blocks, held);
 }
 
-template <class Format>
+template <class Format, bool IS_SOME = false>
 __device__ __forceinline__ float load_activations(const bf16* x, u32 block, u32 (&pairs)[8]) {
     uint4 first = make_uint4(0, 0, 0, 0), second = first;
-    if (x != nullptr) {
+    if (IS_SOME || x != nullptr) {
         const bf16* at = x + block * BLOCK_COLUMNS;
         first = *(const uint4*)(at + Format::column(threadIdx.x % 4, 0));
         second = *(const uint4*)(at + Format::column(threadIdx.x % 4, 1));
@@ -77,15 +77,18 @@ __device__ __forceinline__ float load_activations(const bf16* x, u32 block, u32 
 }
 
 // Multiplies one block's factors with every tile's activations; a row's products count by the scale of their group.
-template <class Format, u32 TILES>
+// IS_SOME: every lane has activations.
+template <class Format, u32 TILES, bool IS_SOME = false>
 __device__ __forceinline__ void multiply_factors(const Factors& factors, const float (&upper)[Format::GROUPS],
                                                  const float (&lower)[Format::GROUPS], const Columns<TILES>& columns,
-                                                 u32 block, Sums<Format, TILES>& sums) {
+                                                 u32 block, Sums<Format, TILES>& sums, u32 count = ~0u) {
 #pragma unroll
     for (u32 tile = 0; tile < TILES; tile++) {
+        // Tiles without activations cost nothing: few experts have as many tokens as the kernel takes.
+        if (tile > 0 && tile * 8 >= count) break;
         u32 pairs[8];
         float first_scale, second_scale;
-        column_scales(load_activations<Format>(columns.x[tile], block, pairs), first_scale, second_scale);
+        column_scales(load_activations<Format, IS_SOME>(columns.x[tile], block, pairs), first_scale, second_scale);
 #pragma unroll
         for (u32 group = 0; group < Format::GROUPS; group++) {
             float d[4] = {0, 0, 0, 0};
@@ -106,7 +109,8 @@ __device__ __forceinline__ void multiply_factors(const Factors& factors, const f
 template <class Format, u32 TILES>
 __device__ __forceinline__ void multiply_block(const typename Format::Held& held, const u32* table,
                                                const ScaleSource& source, const size_t (&indices)[2],
-                                               const Columns<TILES>& columns, u32 block, Sums<Format, TILES>& sums) {
+                                               const Columns<TILES>& columns, u32 block, Sums<Format, TILES>& sums,
+                                               u32 count = ~0u) {
     Factors factors;
     float row_scales[2] = {1.0f, 1.0f}, upper[Format::GROUPS], lower[Format::GROUPS];
     Format::decode(held, table, factors, row_scales);
@@ -115,7 +119,7 @@ __device__ __forceinline__ void multiply_block(const typename Format::Held& held
         upper[group] = Format::scale(held, 0, group, source, indices[0] + block) * row_scales[0];
         lower[group] = Format::scale(held, 1, group, source, indices[1] + block) * row_scales[1];
     }
-    multiply_factors<Format, TILES>(factors, upper, lower, columns, block, sums);
+    multiply_factors<Format, TILES>(factors, upper, lower, columns, block, sums, count);
 }
 
 // What a warp multiplies: the tables, how long the rows are, the item at hand, its activations and the sums so far.
@@ -124,12 +128,14 @@ template <class Format, u32 TILES> struct Work {
     const float* map;
     u32 blocks;
     Item item;
+    u32 count;  // activations, of those that the tiles hold
     Columns<TILES> own;
     Sums<Format, TILES> sums;
 };
 
-// How weights come to a warp. `aim` says of which item to fetch, `fetch` starts to load a unit of it, `begin` says that
-// the item is now multiplied, `turn` multiplies the unit in a slot and fetches another one into it.
+// How weights come to a warp, which holds HELD units of an item at a time. `aim` says of which item to fetch, `advance` that
+// its next HELD units are meant, `fetch` starts to load one of them into its slot; `begin` says that an item is now
+// multiplied, `turn` multiplies what is in a slot and fetches into it, `pass` ends a round of slots.
 //
 // Through registers: a lane holds its own share. For bf16, and on Turing, whose shared memory has no room.
 template <class Format, u32 TILES> struct RegisterPipe {
@@ -138,13 +144,16 @@ template <class Format, u32 TILES> struct RegisterPipe {
     static constexpr u32 WARP_BYTES = 0;
     typename Format::Held held[HELD];
     Item aimed;
+    u32 fetched;     // the block in the next slot 0
+    u32 multiplied;  // the block in slot 0
     ScaleSource source;
     size_t indices[2];
 
-    __device__ __forceinline__ explicit RegisterPipe(u8*) : held{} {}
-    __device__ __forceinline__ void aim(const Item& item, u32) { aimed = item; }
-    __device__ __forceinline__ void fetch(u32 slot, u32 unit, u32 blocks) {
-        load_block<Format>(aimed, unit, blocks, held[slot]);
+    __device__ __forceinline__ RegisterPipe(u8*, const u32*) : held{} {}
+    __device__ __forceinline__ void aim(const Item& item, u32) { aimed = item, fetched = threadIdx.x / WARP; }
+    __device__ __forceinline__ void advance() { fetched += HELD * MATVEC_WARPS; }
+    __device__ __forceinline__ void fetch(u32 slot, u32 blocks) {
+        load_block<Format>(aimed, fetched + slot * MATVEC_WARPS, blocks, held[slot]);
     }
     __device__ __forceinline__ void begin(const Work<Format, TILES>& work) {
         const Matrix& matrix = *work.item.matrix;
@@ -152,14 +161,17 @@ template <class Format, u32 TILES> struct RegisterPipe {
         u32 last = matrix.rows - 1, first = work.item.row + threadIdx.x % WARP / 4;
         indices[0] = (size_t)(first < last ? first : last) * work.blocks;
         indices[1] = (size_t)(first + 8 < last ? first + 8 : last) * work.blocks;
+        multiplied = threadIdx.x / WARP;
     }
-    __device__ __forceinline__ void turn(u32 slot, u32 unit, u32 next, Work<Format, TILES>& work) {
+    __device__ __forceinline__ void turn(u32 slot, Work<Format, TILES>& work) {
         typename Format::Held now = held[slot];
-        fetch(slot, next, work.blocks);
-        if (unit < work.blocks) {
-            multiply_block<Format, TILES>(now, work.table, source, indices, work.own, unit, work.sums);
+        fetch(slot, work.blocks);
+        u32 block = multiplied + slot * MATVEC_WARPS;
+        if (block < work.blocks) {
+            multiply_block<Format, TILES>(now, work.table, source, indices, work.own, block, work.sums, work.count);
         }
     }
+    __device__ __forceinline__ void pass(Work<Format, TILES>&) { multiplied += HELD * MATVEC_WARPS; }
 };
 
 // Units of two blocks that a warp of SharedPipe holds.
@@ -169,71 +181,105 @@ template <class Format, u32 TILES> struct RegisterPipe {
 constexpr u32 UNIT_BYTES = 2 * MATVEC_ROWS * 32;
 
 // Through shared memory, copied past the registers: 4-bit codes [block of the unit][row][32 bytes], 16 bytes a lane and
-// copy, so that a unit's row is 64 bytes in one place. A lane keeps one scale of a unit, of row lane / 2 and block lane % 2,
-// and restores it for all.
+// copy, so that a unit's row is 64 bytes in one place. A lane keeps one scale of a unit, of row lane / 4 (8 below for the
+// upper half of its four) and block lane % 2, and restores it for the four.
+//
+// What a lane needs for a unit is a fixed distance from what it needs for the one before, so addresses are made once an
+// item: multiplying is bound by the number of instructions.
 template <class Format, u32 TILES> struct SharedPipe {
     static constexpr u32 UNIT_BLOCKS = 2;
     static constexpr u32 HELD = SHARED_DEPTH;
     static constexpr u32 WARP_BYTES = HELD * UNIT_BYTES;
+    // Blocks from one unit of a warp to its next.
+    static constexpr u32 STEP = MATVEC_WARPS * UNIT_BLOCKS;
     typename Format::Scale scales[HELD];
-    u8* slots;
-    const u8* codes[2];
-    const u8* aimed_scales;
-    const float* aimed_nested;
+    Near own_table;
+    Near own_codes;       // in the slots: where the lane takes its codes from
+    Near own_copies;      // and where it copies to
+    const u8* codes;      // of the aimed item: the upper of the lane's two rows
+    u32 lower;            // how much further the lower one stands
+    const u8* scale_at;
+    const float* nested;
     u32 scale_index;
+    int aimed_left;       // blocks of the aimed item, from the unit that goes to slot 0 next
+    int blocks_left;      // blocks of the item at hand, from the unit in slot 0 on
     float offset;
 
-    __device__ __forceinline__ explicit SharedPipe(u8* room) : scales{}, slots(room) {}
-    __device__ __forceinline__ void aim(const Item& item, u32 blocks) {
-        codes[0] = nullptr;
-        if (item.matrix == nullptr) return;
-        u32 lane = threadIdx.x % WARP, last = item.matrix->rows - 1, first = item.row + lane / 4, own = item.row + lane / 2;
-        // Rows past the end are read from the last one and never written.
-        const u8* base = item.matrix->codes + lane % 4 * 16;
-        codes[0] = base + (size_t)(first < last ? first : last) * blocks * 32;
-        codes[1] = base + (size_t)(first + 8 < last ? first + 8 : last) * blocks * 32;
-        aimed_scales = item.matrix->scales;
-        aimed_nested = item.matrix->nested;
-        scale_index = (own < last ? own : last) * blocks + lane % 2;
-    }
-    __device__ __forceinline__ void fetch(u32 slot, u32 unit, u32 blocks) {
+    __device__ __forceinline__ SharedPipe(u8* slots, const u32* table) : scales{} {
         u32 lane = threadIdx.x % WARP;
-        if (codes[0] != nullptr && 2 * unit + lane % 4 / 2 < blocks) {
-            u8* to = slots + slot * UNIT_BYTES + lane % 4 / 2 * (UNIT_BYTES / 2) + lane / 4 * 32 + lane % 2 * 16;
-            start_copy<16>(to, codes[0] + unit * 64);
-            start_copy<16>(to + 8 * 32, codes[1] + unit * 64);
+        own_table = near_of(table + lane);
+        own_codes = near_of(slots + Format::own_codes(lane));
+        own_copies = near_of(slots + lane % 4 / 2 * (UNIT_BYTES / 2) + lane / 4 * 32 + lane % 2 * 16);
+    }
+    __device__ __forceinline__ void aim(const Item& item, u32 blocks) {
+        aimed_left = 0;
+        if (item.matrix == nullptr) return;
+        const Matrix& matrix = *item.matrix;
+        u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        // Rows past the end are read from the last one and never written.
+        u32 last = matrix.rows - 1, first = item.row + lane / 4, own = first + lane % 4 / 2 * 8, second = first + 8;
+        first = first < last ? first : last, second = second < last ? second : last;
+        codes = matrix.codes + warp * 64 + lane % 4 * 16 + (size_t)first * blocks * 32;
+        lower = (second - first) * blocks * 32;
+        scale_index = (own < last ? own : last) * blocks + warp * UNIT_BLOCKS + lane % 2;
+        scale_at = matrix.scales + (size_t)scale_index * Format::SCALE_BYTES;
+        nested = matrix.nested;
+        aimed_left = (int)(blocks - warp * UNIT_BLOCKS);
+    }
+    __device__ __forceinline__ void advance() {
+        codes += HELD * STEP * 32;
+        scale_at += HELD * STEP * Format::SCALE_BYTES, scale_index += HELD * STEP;
+        aimed_left -= HELD * STEP;
+    }
+    // A bit of the lane's number: it stands in the address of the lane's table, so it costs no register.
+    __device__ __forceinline__ int lane_bit(u32 bit) const { return (int)(((size_t)own_table >> (2 + bit)) & 1u); }
+    __device__ __forceinline__ void fetch(u32 slot, u32) {
+        if (aimed_left - (int)(slot * STEP) > lane_bit(1)) {
+            start_copy<16>(own_copies + slot * UNIT_BYTES, codes + slot * STEP * 32);
+            start_copy<16>(own_copies + slot * UNIT_BYTES + 8 * 32, codes + lower + slot * STEP * 32);
         }
         end_copies();
-        if (codes[0] != nullptr && 2 * unit + lane % 2 < blocks) {
-            Format::load_scale(aimed_scales, aimed_nested, scale_index + 2 * unit, scales[slot]);
+        if (aimed_left - (int)(slot * STEP) > lane_bit(0)) {
+            Format::load_scale(scale_at + slot * STEP * Format::SCALE_BYTES, nested, scale_index + slot * STEP, scales[slot]);
         }
     }
-    __device__ __forceinline__ void begin(const Work<Format, TILES>& work) { offset = work.item.matrix->offset; }
-    __device__ __forceinline__ void turn(u32 slot, u32 unit, u32 next, Work<Format, TILES>& work) {
+    __device__ __forceinline__ void begin(Work<Format, TILES>& work) {
+        offset = work.item.matrix->offset;
+        u32 warp = threadIdx.x / WARP;
+        blocks_left = (int)(work.blocks - warp * UNIT_BLOCKS);
+#pragma unroll
+        for (u32 tile = 0; tile < TILES; tile++) work.own.x[tile] += warp * UNIT_BLOCKS * BLOCK_COLUMNS;
+    }
+    __device__ __forceinline__ void turn(u32 slot, Work<Format, TILES>& work) {
         wait_for_copies<HELD - 1>();
         __syncwarp();
-        if (2 * unit < work.blocks) multiply_unit(slot, unit, work);
+        if (blocks_left > (int)(slot * STEP)) multiply_unit(slot, work);
         __syncwarp();
-        fetch(slot, next, work.blocks);
+        fetch(slot, 0);
     }
-    __device__ __forceinline__ void multiply_unit(u32 slot, u32 unit, Work<Format, TILES>& work) {
-        u32 word = Format::word(scales[slot], work.map, offset), group = threadIdx.x % WARP / 4;
+    __device__ __forceinline__ void pass(Work<Format, TILES>& work) {
+        blocks_left -= HELD * STEP;
 #pragma unroll
-        for (u32 half = 0; half < 2; half++) {
-            u32 upper_word = __shfl_sync(ALL_LANES, word, group * 2 + half);
-            u32 lower_word = __shfl_sync(ALL_LANES, word, group * 2 + 16 + half);
-            if (2 * unit + half >= work.blocks) break;
+        for (u32 tile = 0; tile < TILES; tile++) work.own.x[tile] += HELD * STEP * BLOCK_COLUMNS;
+    }
+    __device__ __forceinline__ void multiply_unit(u32 slot, Work<Format, TILES>& work) {
+        u32 word = Format::word(scales[slot], work.map, offset);
+#pragma unroll
+        for (u32 half = 0; half < UNIT_BLOCKS; half++) {
+            if (blocks_left <= (int)(slot * STEP + half)) break;
+            u32 upper_word = __shfl_sync(ALL_LANES, word, half, 4), lower_word = __shfl_sync(ALL_LANES, word, 2 + half, 4);
             typename Format::Held held;
-            Format::take(slots + slot * UNIT_BYTES + half * (UNIT_BYTES / 2), held);
+            Format::take(own_codes + slot * UNIT_BYTES + half * (UNIT_BYTES / 2), held);
             Factors factors;
-            float row_scales[2], upper[Format::GROUPS], lower[Format::GROUPS];
-            Format::decode(held, work.table, factors, row_scales);
+            Format::decode_own(held, own_table, factors);
+            float upper[Format::GROUPS], lower[Format::GROUPS];
 #pragma unroll
             for (u32 i = 0; i < Format::GROUPS; i++) {
                 upper[i] = Format::spread(upper_word, i);
                 lower[i] = Format::spread(lower_word, i);
             }
-            multiply_factors<Format, TILES>(factors, upper, lower, work.own, 2 * unit + half, work.sums);
+            multiply_factors<Format, TILES, true>(factors, upper, lower, work.own, slot * STEP + half, work.sums,
+                                                  work.count);
         }
     }
 };
@@ -292,44 +338,55 @@ __device__ __forceinline__ void collect_sums(const Job& job, const Item& item, u
 }
 
 // The block's share of a job's items: neighbours, and so that the blocks of a multiprocessor have alike many.
-template <u32 TILES, class Job> struct Walk {
-    u32 index;
+struct Share {
+    u32 first;
     u32 end;
-    __device__ __forceinline__ explicit Walk(const Job& job) {
-        u32 items = job.items(), share = items / gridDim.x, more = items % gridDim.x;
-        index = blockIdx.x * share + (blockIdx.x < more ? blockIdx.x : more);
-        end = index + share + (blockIdx.x < more ? 1 : 0);
-    }
-    __device__ __forceinline__ Item first(const Job& job) const { return index < end ? job.item(index) : Item{}; }
-    // The same rows for the group's next activations, or the next rows.
-    __device__ __forceinline__ Item next(const Job& job, Item item) {
-        item.first_column += TILES * 8;
-        if (item.first_column < job.columns(item.group)) return item;
-        index++;
-        return index < end ? job.item(index) : Item{};
+    __device__ __forceinline__ explicit Share(u32 items) {
+        u32 all = items / gridDim.x, more = items % gridDim.x;
+        first = blockIdx.x * all + (blockIdx.x < more ? blockIdx.x : more);
+        end = first + all + (blockIdx.x < more ? 1 : 0);
     }
 };
 
-// The activations in shared memory.
+// The item after one, whose number is `index`: the same rows for the group's next activations, or the next rows.
+template <u32 TILES, class Job>
+__device__ __forceinline__ Item next_item(const Job& job, Item item, u32& index, u32 end) {
+    item.first_column += TILES * 8;
+    if (item.first_column < job.columns(item.group)) return item;
+    if (++index >= end) return Item{};
+    if (item.row + MATVEC_ROWS >= job.rows(item)) return job.item(index);
+    item.row += MATVEC_ROWS;
+    item.first_column = 0;
+    return item;
+}
+
+// What a block needs now and then: in registers it would lie through the whole product.
+struct Plan {
+    Item items[2];  // at hand, taken in turn
+    u32 end;        // of the block's share
+};
+
+// The activations in shared memory: all of a group's, or none, so that a block that takes them a piece at a time does not
+// bring them again and again.
 struct Stage {
     bf16* rows;
-    u32 room;         // for this many
-    u32 group;        // whose
-    u32 first_column;
-    const bf16* alone;  // the only one, if it is: another group may read the same
+    u32 room;   // for this many
+    u32 group;  // whose they are
+    u32 alone;  // which row of activations is the only one, or ~0: another group may read the same
 
-    // Brings an item's activations, where there is room for all of them. Says whether they are here.
-    template <class Job>
-    __device__ __forceinline__ bool hold(const Job& job, const Item& item, u32 count, u32 columns) {
+    // Brings the activations of an item's group, where there is room. Says whether they are here; a piece of them begins
+    // at its first column.
+    template <class Job> __device__ __forceinline__ bool hold(const Job& job, const Item& item, u32 columns) {
+        u32 count = job.columns(item.group);
         if (count > room) return false;
-        if (group == item.group && first_column == item.first_column) return true;
-        const bf16* first = job.x(item.group, item.first_column);
-        group = item.group, first_column = item.first_column;
+        if (group == item.group) return true;
+        u32 first = job.source(item.group, 0);
+        group = item.group;
         if (count == 1 && alone == first) return true;
-        alone = count == 1 ? first : nullptr;
+        alone = count == 1 ? first : ~0u;
         for (u32 column = 0; column < count; column++) {
             uint4* to = (uint4*)(rows + column * (columns + STAGE_PADDING));
-            const uint4* from = (const uint4*)job.x(item.group, item.first_column + column);
+            const uint4* from = (const uint4*)job.x(item.group, column);
             for (u32 i = threadIdx.x; i < columns / 8; i += blockDim.x) to[i] = from[i];
         }
         __syncthreads();
@@ -337,37 +394,45 @@ struct Stage {
     }
 };
 
+// Activations of an item's piece.
+template <u32 TILES, class Job> __device__ __forceinline__ u32 count_columns(const Job& job, const Item& item) {
+    u32 rest = job.columns(item.group) - item.first_column;
+    return rest < TILES * 8 ? rest : TILES * 8;
+}
+
 // Multiplies an item and starts to fetch the next one; `aim` has been called for the item, and its first units are held.
 template <class Format, u32 TILES>
 __device__ __forceinline__ void multiply_item(PipeOf<Format, TILES>& pipe, Work<Format, TILES>& work, const Item& next) {
     using Pipe = PipeOf<Format, TILES>;
-    const u32 warp = threadIdx.x / WARP, units = (work.blocks + Pipe::UNIT_BLOCKS - 1) / Pipe::UNIT_BLOCKS;
-    const u32 rounds = (units + MATVEC_WARPS * Pipe::HELD - 1) / (MATVEC_WARPS * Pipe::HELD);
+    constexpr u32 ROUND = MATVEC_WARPS * Pipe::HELD * Pipe::UNIT_BLOCKS;
     pipe.begin(work);
     work.sums = {};
-    for (u32 round = 0; round < rounds; round++) {
-        const bool is_last = round + 1 == rounds;
-        if (is_last) pipe.aim(next, work.blocks);
-        const u32 start = is_last ? 0 : (round + 1) * Pipe::HELD;
-#pragma unroll
-        for (u32 i = 0; i < Pipe::HELD; i++) {
-            pipe.turn(i, (round * Pipe::HELD + i) * MATVEC_WARPS + warp, (start + i) * MATVEC_WARPS + warp, work);
+    for (u32 done = 0; done < work.blocks; done += ROUND) {
+        if (done + ROUND < work.blocks) {
+            pipe.advance();
+        } else {
+            pipe.aim(next, work.blocks);
         }
+#pragma unroll
+        for (u32 i = 0; i < Pipe::HELD; i++) pipe.turn(i, work);
+        pipe.pass(work);
     }
 }
 
 // Runs a job's items in this block. A Job says: `prepare()`, called by all before its items are asked for, `items()` how
-// many, `item(index)`, `columns(group)`, `x(group, column)` a row of activations, `bias(item, row)`, `put<D>(item, column,
-// row, value, is_real)`, called by whole warps in which the neighbour of an even row is D lanes away, and whether its
-// items are known before the kernels before this one are done.
+// many, `item(index)`, `rows(item)` of its matrix, `columns(group)`, `source(group,
+// column)` which row of activations and `x(group, column)` the row itself, `bias(item, row)`, `put<D>(item, column, row,
+// value, is_real)`, called by whole warps in which the neighbour of an even row is D lanes away, and whether its items
+// are known before the kernels before this one are done.
 template <class Format, u32 TILES, class Job>
 __device__ __forceinline__ void run_matvec(Job& job, u32 columns, const float* scale_values, u32 stage_columns) {
     using Pipe = PipeOf<Format, TILES>;
     SHARED_BYTES(shared);
+    __shared__ Plan plan;
     float* map = (float*)(shared + Format::TABLE_BYTES);
     u8* room = (u8*)map + SCALE_MAP_BYTES;
     float* slots = (float*)(room + MATVEC_WARPS * Pipe::WARP_BYTES);
-    Stage stage{(bf16*)((u8*)slots + SUM_SETS<TILES> * SUM_BYTES<TILES>), stage_columns, ~0u, 0, nullptr};
+    Stage stage{(bf16*)((u8*)slots + SUM_SETS<TILES> * SUM_BYTES<TILES>), stage_columns, ~0u, ~0u};
     const u32 warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4;
 
     if (Job::KNOWN_BEFORE) let_next_start();
@@ -377,37 +442,51 @@ __device__ __forceinline__ void run_matvec(Job& job, u32 columns, const float* s
         let_next_start();
     }
     job.prepare();
-    Walk<TILES, Job> walk(job);
-    Pipe pipe(room + warp * Pipe::WARP_BYTES);
-    Work<Format, TILES> work{(const u32*)shared, map, columns / BLOCK_COLUMNS, walk.first(job), {}, {}};
+    const Share share(job.items());
+    u32 index = share.first;
+    if (threadIdx.x == 0) plan.end = share.end;
+    Pipe pipe(room + warp * Pipe::WARP_BYTES, (const u32*)shared);
+    Work<Format, TILES> work{(const u32*)shared, map, columns / BLOCK_COLUMNS,
+                            index < share.end ? job.item(index) : Item{}, 0, {}, {}};
     pipe.aim(work.item, work.blocks);
 #pragma unroll
-    for (u32 i = 0; i < Pipe::HELD; i++) pipe.fetch(i, i * MATVEC_WARPS + warp, work.blocks);
+    for (u32 i = 0; i < Pipe::HELD; i++) pipe.fetch(i, work.blocks);
     if (Job::KNOWN_BEFORE) {
         fill_tables<Format>((u32*)shared, map, scale_values);
         wait_for_previous();
     }
     __syncthreads();
 
-    for (u32 set = 0; work.item.matrix != nullptr; set = (set + 1) % SUM_SETS<TILES>) {
-        u32 rest = job.columns(work.item.group) - work.item.first_column, count = rest < TILES * 8 ? rest : TILES * 8;
+    for (u32 turn = 0; work.item.matrix != nullptr; turn++) {
+        Item next = next_item<TILES>(job, work.item, index, plan.end);
+        u32 first_column = work.item.first_column;
+        work.count = count_columns<TILES>(job, work.item);
+        if (threadIdx.x == 0) plan.items[turn % 2] = work.item;
         // Asked for now: at the end it would be waited for.
         float bias = job.bias(work.item, threadIdx.x % MATVEC_ROWS);
-        bool is_staged = stage.hold(job, work.item, count, columns);
+        // Two copies of the product, so that the compiler knows where the activations are. A lane without an activation
+        // takes another's: what it multiplies is not looked at.
+        if (stage.hold(job, work.item, columns)) {
 #pragma unroll
-        for (u32 tile = 0; tile < TILES; tile++) {
-            u32 column = tile * 8 + group;
-            work.own.x[tile] = column >= count ? nullptr
-                               : is_staged     ? stage.rows + column * (columns + STAGE_PADDING)
-                                               : job.x(work.item.group, work.item.first_column + column);
+            for (u32 tile = 0; tile < TILES; tile++) {
+                u32 column = first_column + (tile * 8 + group < work.count ? tile * 8 + group : 0);
+                work.own.x[tile] = stage.rows + column * (columns + STAGE_PADDING);
+            }
+            multiply_item<Format, TILES>(pipe, work, next);
+        } else {
+#pragma unroll
+            for (u32 tile = 0; tile < TILES; tile++) {
+                u32 column = first_column + (tile * 8 + group < work.count ? tile * 8 + group : 0);
+                work.own.x[tile] = job.x(work.item.group, column);
+            }
+            multiply_item<Format, TILES>(pipe, work, next);
         }
-        Item item = work.item, next = walk.next(job, item);
-        multiply_item<Format, TILES>(pipe, work, next);
-        float* own = slots + set * (SUM_BYTES<TILES> / 4);
-        show_sums<Format, TILES>(work.sums, count, own);
-        __syncthreads();
-        collect_sums<Format, TILES>(job, item, count, bias, own);
-        if (SUM_SETS<TILES> == 1) __syncthreads();
         work.item = next;
+        float* own = slots + turn % SUM_SETS<TILES> * (SUM_BYTES<TILES> / 4);
+        show_sums<Format, TILES>(work.sums, work.count, own);
+        __syncthreads();
+        Item item = plan.items[turn % 2];
+        collect_sums<Format, TILES>(job, item, count_columns<TILES>(job, item), bias, own);
+        if (SUM_SETS<TILES> == 1) __syncthreads();
     }
 }

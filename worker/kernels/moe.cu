@@ -33,10 +33,12 @@ struct ExpertJob {
         if (group >= groups) return Item{};
         return Item{matrices + experts[group], (index - group * tiles) * MATVEC_ROWS, group, 0};
     }
+    __device__ __forceinline__ u32 rows(const Item&) const { return tiles * MATVEC_ROWS; }
     __device__ __forceinline__ u32 columns(u32 group) const { return firsts[group + 1] - firsts[group]; }
     __device__ __forceinline__ u32 slot(u32 group, u32 column) const { return read_through(slots + firsts[group] + column); }
+    __device__ __forceinline__ u32 source(u32 group, u32 column) const { return slot(group, column) / slots_per_row; }
     __device__ __forceinline__ const bf16* x(u32 group, u32 column) const {
-        return activations + (size_t)(slot(group, column) / slots_per_row) * length;
+        return activations + (size_t)source(group, column) * length;
     }
     __device__ __forceinline__ float bias(const Item& item, u32 row) const {
         row += item.row;

@@ -24,7 +24,7 @@ const KERNELS: [&str; 16] = [
     "matvec_bf16_32",
 ];
 
-const FAULTS: [Fault; 17] = [
+const FAULTS: [Fault; 16] = [
     Fault {
         name: "NF4's nibbles swapped",
         file: "formats.cuh",
@@ -34,14 +34,14 @@ const FAULTS: [Fault; 17] = [
     Fault {
         name: "the scale of the wrong row",
         file: "matvec.cuh",
-        from: "own = item.row + lane / 2;",
-        to: "own = item.row + lane / 4;",
+        from: "own = first + lane % 4 / 2 * 8,",
+        to: "own = first,",
     },
     Fault {
         name: "the scale of the wrong block",
         file: "matvec.cuh",
-        from: "__shfl_sync(ALL_LANES, word, group * 2 + half)",
-        to: "__shfl_sync(ALL_LANES, word, group * 2 + 1 - half)",
+        from: "__shfl_sync(ALL_LANES, word, half, 4)",
+        to: "__shfl_sync(ALL_LANES, word, 1 - half, 4)",
     },
     Fault {
         name: "nested groups of twice the size",
@@ -68,15 +68,9 @@ const FAULTS: [Fault; 17] = [
         to: "wait_for_copies<HELD>();",
     },
     Fault {
-        name: "lanes that don't wait for each other's copies",
-        file: "matvec.cuh",
-        from: "        __syncwarp();\n        if (2 * unit < work.blocks)",
-        to: "        if (2 * unit < work.blocks)",
-    },
-    Fault {
         name: "the second block of a last unit taken for real",
         file: "matvec.cuh",
-        from: "if (2 * unit + half >= work.blocks) break;",
+        from: "if (blocks_left <= (int)(slot * STEP + half)) break;",
         to: "",
     },
     Fault {
@@ -94,7 +88,7 @@ const FAULTS: [Fault; 17] = [
     Fault {
         name: "one set of sums where two are taken in turn",
         file: "matvec.cuh",
-        from: "float* own = slots + set * (SUM_BYTES<TILES> / 4);",
+        from: "float* own = slots + turn % SUM_SETS<TILES> * (SUM_BYTES<TILES> / 4);",
         to: "float* own = slots;",
     },
     Fault {
@@ -118,8 +112,8 @@ const FAULTS: [Fault; 17] = [
     Fault {
         name: "a block's share one short",
         file: "matvec.cuh",
-        from: "end = index + share + (blockIdx.x < more ? 1 : 0);",
-        to: "end = index + share;",
+        from: "end = first + all + (blockIdx.x < more ? 1 : 0);",
+        to: "end = first + all;",
     },
     Fault {
         name: "the bias of the first matrix for all",

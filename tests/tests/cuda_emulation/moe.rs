@@ -43,8 +43,8 @@ const FAULTS: [Fault; 7] = [
     Fault {
         name: "the slot's token taken from the slot",
         file: "moe.cu",
-        from: "/ slots_per_row)",
-        to: "% slots_per_row)",
+        from: "/ slots_per_row;",
+        to: "% slots_per_row;",
     },
     Fault {
         name: "no barrier after the lists are brought",
@@ -55,14 +55,14 @@ const FAULTS: [Fault; 7] = [
     Fault {
         name: "an old expert's activations kept",
         file: "matvec.cuh",
-        from: "if (group == item.group && first_column == item.first_column) return true;",
+        from: "if (group == item.group) return true;",
         to: "if (group != ~0u) return true;",
     },
     Fault {
         name: "another single activation taken for the one that is there",
         file: "matvec.cuh",
         from: "if (count == 1 && alone == first) return true;",
-        to: "if (count == 1 && alone != nullptr) return true;",
+        to: "if (count == 1 && alone != ~0u) return true;",
     },
 ];
 
