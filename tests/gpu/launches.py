@@ -14,7 +14,8 @@ HIDDEN, INNER, EXPERTS, USED, VOCABULARY = 2880, 2880, 32, 4, 201088
 QUERY_HEADS, KV_HEADS, DIM = 64, 8, 64
 # What a multiprocessor gives to all its blocks, and what a block may have (9.0); each block costs 1 KiB more.
 PROCESSOR_SHARED, BLOCK_SHARED, BLOCK_COST = 233472, 232448, 1024
-EXPERT_LISTS = 2064
+# What the kernels declare themselves: the block's plan, and the lists of experts.
+PLAN, EXPERT_LISTS = 64, 2112
 SHARED_DEPTH = 3
 
 
@@ -55,7 +56,7 @@ class Dense:
         pieces = sum((weight.rows + 15) // 16 for weight in weights)
         blocks = blocks or blocks_for(form, self.batch)
         self.grid = min(pieces, processors() * blocks)
-        self.stage = stage_room(form, self.tiles, self.columns, blocks)
+        self.stage = stage_room(form, self.tiles, self.columns, blocks, PLAN)
         if self.stage < min(self.batch, self.tiles * 8):
             self.stage = 0
         self.shared = shared_bytes(form, self.tiles, self.stage, self.columns, modules.get("is_turing", False))
@@ -69,10 +70,10 @@ class Dense:
 class Mixture:
     """The weights of a layer's mixture."""
 
-    def __init__(self, form):
+    def __init__(self, form, bias_size=1.0):
         self.form = form
-        self.gate_up = [Weight(form, 2 * INNER, HIDDEN) for _ in range(EXPERTS)]
-        self.down = [Weight(form, HIDDEN, INNER) for _ in range(EXPERTS)]
+        self.gate_up = [Weight(form, 2 * INNER, HIDDEN, bias_size) for _ in range(EXPERTS)]
+        self.down = [Weight(form, HIDDEN, INNER, bias_size) for _ in range(EXPERTS)]
         self.router = bf16_bits(cp.random.standard_normal((EXPERTS, HIDDEN), dtype=cp.float32) * 0.02)
         self.router_bias = cp.random.standard_normal(EXPERTS, dtype=cp.float32) * 0.1
         self.gate_up_list, self.down_list, self.map = descriptors(self.gate_up), descriptors(self.down), scale_values()
@@ -95,7 +96,7 @@ class Experts:
         self.counters = cp.zeros(self.tokens + 1, cp.uint32)
         self.inner = cp.full((slots, INNER), 0x7FC0, dtype=cp.uint16)
         self.out = cp.full((slots, HIDDEN), cp.nan, dtype=cp.float32)
-        self.tiles = 1 if self.tokens <= 32 else 2
+        self.tiles = 1 if self.tokens <= 8 else 2
         form = mixture.form
         self.blocks = blocks or blocks_for(form, min(self.tokens, 16))
         self.stage = [stage_room(form, self.tiles, columns, self.blocks, EXPERT_LISTS) for columns in (HIDDEN, INNER)]
@@ -105,7 +106,7 @@ class Experts:
 
     def route(self):
         m = self.mixture
-        pieces = 32 if self.tokens == 1 else 16 if self.tokens <= 8 else 8
+        pieces = 32 if self.tokens == 1 else 16 if self.tokens <= 4 else 8
         self.modules["route"].launch(
             "norm_route", [pieces, self.tokens], 256, 0,
             [self.residual, self.change, m.gain, 1e-5, HIDDEN, self.sum, self.x, m.router, m.router_bias, EXPERTS, USED,

@@ -8,6 +8,8 @@ from weights import Weight, bf16_bits
 
 LAYERS = 24
 WINDOW = 128
+# Small, so that tokens stay apart and choose experts of their own: a bias is the same for all.
+BIAS = 0.01
 
 
 class Model:
@@ -17,9 +19,10 @@ class Model:
         self.form = form
         self.layers = []
         for _ in range(layers):
-            qkv = [Weight(form, 4096, HIDDEN), Weight(form, 512, HIDDEN, output=4096), Weight(form, 512, HIDDEN, output=4608)]
-            self.layers.append((qkv, [Weight(form, HIDDEN, 4096)], Mixture(form)))
-        self.head = [Weight(head_form, VOCABULARY, HIDDEN, has_bias=False)]
+            qkv = [Weight(form, 4096, HIDDEN, BIAS), Weight(form, 512, HIDDEN, BIAS, 4096),
+                   Weight(form, 512, HIDDEN, BIAS, 4608)]
+            self.layers.append((qkv, [Weight(form, HIDDEN, 4096, BIAS)], Mixture(form, BIAS)))
+        self.head = [Weight(head_form, VOCABULARY, HIDDEN, bias_size=0)]
         self.embedding = bf16_bits(cp.random.standard_normal((1000, HIDDEN), dtype=cp.float32))
         self.gain = cp.ones(HIDDEN, cp.float32)
 

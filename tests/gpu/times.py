@@ -28,7 +28,8 @@ def time_steps(modules):
             step = Step(modules, model, tokens, depth)
             time = microseconds(step.launch)
             line(f"step nf4_nested, batch {tokens}, depth {depth}", time, step.bytes(), copy)
-            print(f"{'':38} {tokens * 1e6 / time:8.0f} tokens a second", flush=True)
+            groups = sum(int(layer[-1].count[0]) for layer in step.layers) / len(step.layers)
+            print(f"{'':38} {tokens * 1e6 / time:8.0f} tokens a second, {groups:.1f} experts a layer", flush=True)
             if depth == 1024:
                 for part in ("norm", "qkv", "attention", "o", "route", "gate_up", "down", "head", "choice"):
                     less = time - microseconds(lambda: step.launch(skip=(part,)))

@@ -31,9 +31,9 @@ def scale_values():
 class Weight:
     """`rows` x `columns` random weights in one of FORMATS."""
 
-    def __init__(self, form, rows, columns, has_bias=True, output=0):
+    def __init__(self, form, rows, columns, bias_size=1.0, output=0):
         self.form, self.rows, self.columns, self.output = form, rows, columns, output
-        self.bias = cp.random.standard_normal(rows, dtype=cp.float32) if has_bias else None
+        self.bias = cp.random.standard_normal(rows, dtype=cp.float32) * cp.float32(bias_size) if bias_size else None
         self.scales = self.nested = None
         if form == "bf16":
             self.codes = bf16_bits(cp.random.standard_normal((rows, columns), dtype=cp.float32) * 0.05)

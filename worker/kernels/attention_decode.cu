@@ -10,27 +10,14 @@
 // position writes key and value to the cache. Then what the cache held before this step may be read before the kernels
 // before this one are done, so no two rows may be of one sequence.
 
-#include "kv.cuh"
+#include "attention_tile.cuh"
 
-constexpr u32 ATTEND_THREADS = 256;
-constexpr u32 ATTEND_WARPS = ATTEND_THREADS / WARP;
-// Query heads that are computed at a time, a warp's each, and the pairs of a head that a lane holds.
-constexpr u32 HEADS = ATTEND_WARPS;
-constexpr u32 LANE_PAIRS = 2;
 // Pieces of a row, and the least length of one.
 constexpr u32 CUTS_MAX = 64;
 constexpr u32 CUT_TOKENS = 128;
-constexpr u32 TILE_MAX = 128;
-// Scores of a token stand together, for all heads, with a stride that spreads the banks.
-constexpr u32 SCORE_STRIDE = HEADS + 4;
 
-struct alignas(16) AttendShared {
-    float scores[TILE_MAX][SCORE_STRIDE];
-    float queries[HEADS][2 * LANE_PAIRS * WARP];
-    float scales[2][TILE_MAX];      // of keys and values, for the 8-bit cache
-    float factors[HEADS];           // by which older sums of a head count less
-    float largest[HEADS];
-    float sums[HEADS];
+struct AttendShared {
+    TileShared tile;
     u32 is_last;
 };
 
@@ -92,7 +79,7 @@ __device__ __forceinline__ void fetch_tile(const Piece& piece, const Layer& laye
 
 // Brings up to eight queries to shared memory, rotated and scaled; those past the end are 0.
 __device__ __forceinline__ void bring_queries(const Attend& attend, const Piece& piece, u32 dim, u32 group, u32 base,
-                                              u32 kv_heads, AttendShared& shared) {
+                                              u32 kv_heads, TileShared& shared) {
     u32 half = dim / 2, row_heads = attend.query_heads + 2 * kv_heads;
     const float* own = attend.qkv + ((size_t)piece.row * row_heads + piece.kv_head * group + base) * dim;
     const float* cosines = attend.cosines + (size_t)piece.row * half;
@@ -107,153 +94,52 @@ __device__ __forceinline__ void bring_queries(const Attend& attend, const Piece&
             first = attend.is_written ? low : low * cosine - high * sine;
             second = attend.is_written ? high : high * cosine + low * sine;
         }
-        shared.queries[head][pair] = first * scale;
-        shared.queries[head][pair + half] = second * scale;
+        put_query(shared, head, pair, first * scale);
+        put_query(shared, head, pair + half, second * scale);
     }
 }
 
 // The row's own key and value, a warp for each: to the tile and to the cache.
 template <class Kv>
 __device__ __forceinline__ void write_own(const Attend& attend, const Piece& piece, const Layer& layer,
-                                          const Tables& tables, u32 start, u8* keys, u8* values, AttendShared& shared) {
-    u32 warp = threadIdx.x / WARP, half = layer.dim / 2, token = piece.position - start;
+                                          const Tables& tables, const Turned& turned, u32 start, u8* keys, u8* values,
+                                          TileShared& shared) {
+    u32 warp = threadIdx.x / WARP, token = piece.position - start;
     if (warp >= 2) return;
-    u32 head = attend.query_heads + warp * layer.kv_heads + piece.kv_head;
-    const float* own = attend.qkv + ((size_t)piece.row * (attend.query_heads + 2 * layer.kv_heads) + head) * layer.dim;
-    Turned turned = turn_head(own, attend.cosines + (size_t)piece.row * half, attend.sines + (size_t)piece.row * half, half,
-                              warp == 0);
     u32 bytes = Kv::row_bytes(layer.dim) + Kv::PADDING, at = piece.position % BLOCK_TOKENS;
     write_head(Kv(), (warp == 0 ? keys : values) + token * bytes, &shared.scales[warp][token], layer.dim, turned);
     u8* block = layer.head_block(tables.block(piece.sequence, piece.position), piece.kv_head, Kv::block_bytes(layer.dim));
     write_head(Kv(), stored_row<Kv>(block, warp, at, layer.dim), stored_scale(block, warp, at, layer.dim), layer.dim, turned);
 }
 
-// Scores of a tile's tokens: a thread for each token and four heads.
-template <class Kv>
-__device__ __forceinline__ void score_tile(AttendShared& shared, const u8* keys, u32 tile, u32 count, u32 dim) {
-    for (u32 i = threadIdx.x; i < 2 * tile; i += ATTEND_THREADS) {
-        u32 token = i % tile, head = i / tile * 4;
-        if (token >= count) continue;
-        const u8* row = keys + token * (Kv::row_bytes(dim) + Kv::PADDING);
-        float sums[4] = {}, scale = Kv::SCALED ? shared.scales[0][token] : 1.0f;
-#pragma unroll 4
-        for (u32 at = 0; at < dim; at += 8) {
-            float key[8];
-            Kv::load8(row, at, scale, key);
-#pragma unroll
-            for (u32 own = 0; own < 4; own++) {
-#pragma unroll
-                for (u32 part = 0; part < 8; part += 4) {
-                    float4 query = *(const float4*)&shared.queries[head + own][at + part];
-                    sums[own] = fmaf(key[part], query.x, sums[own]);
-                    sums[own] = fmaf(key[part + 1], query.y, sums[own]);
-                    sums[own] = fmaf(key[part + 2], query.z, sums[own]);
-                    sums[own] = fmaf(key[part + 3], query.w, sums[own]);
-                }
-            }
-        }
-        *(float4*)&shared.scores[token][head] = float4{sums[0], sums[1], sums[2], sums[3]};
-    }
+// What write_own writes, of the first two warps: asked for together with the queries.
+__device__ __forceinline__ Turned take_own(const Attend& attend, const Piece& piece, const Layer& layer) {
+    u32 warp = threadIdx.x / WARP, half = layer.dim / 2;
+    if (warp >= 2) return Turned{};
+    u32 head = attend.query_heads + warp * layer.kv_heads + piece.kv_head;
+    const float* own = attend.qkv + ((size_t)piece.row * (attend.query_heads + 2 * layer.kv_heads) + head) * layer.dim;
+    return turn_head(own, attend.cosines + (size_t)piece.row * half, attend.sines + (size_t)piece.row * half, half, warp == 0);
 }
 
-// Turns a head's scores into powers relative to the largest so far; a warp for each head. `largest` and `sum` go along.
-__device__ __forceinline__ void power_tile(AttendShared& shared, u32 count, float& largest, float& sum) {
-    u32 lane = threadIdx.x % WARP, head = threadIdx.x / WARP;
-    float scores[TILE_MAX / WARP], before = largest;
-#pragma unroll
-    for (u32 i = 0; i < TILE_MAX / WARP; i++) {
-        u32 token = lane + i * WARP;
-        scores[i] = token < count ? shared.scores[token][head] : float_of_bits(0xff800000u);
-        largest = scores[i] > largest || scores[i] != scores[i] ? scores[i] : largest;
-    }
-    largest = warp_max(largest);
-    float own = 0, factor = expf(before - largest);
-#pragma unroll
-    for (u32 i = 0; i < TILE_MAX / WARP; i++) {
-        u32 token = lane + i * WARP;
-        if (token >= count) break;
-        float power = expf(scores[i] - largest);
-        shared.scores[token][head] = power;
-        own += power;
-    }
-    sum = fmaf(sum, factor, warp_sum(own));
-    if (lane == 0) shared.factors[head] = factor;
-}
-
-// Values that a lane has added up by their powers: its pairs of each head.
-struct Values {
-    float sums[HEADS][2 * LANE_PAIRS];
-};
-
-// Adds a tile's values: warp w takes tokens w, w + 8 and so on of the tile.
-template <class Kv>
-__device__ __forceinline__ void add_values(AttendShared& shared, const u8* rows, u32 count, u32 dim, Values& values) {
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-#pragma unroll
-    for (u32 head = 0; head < HEADS; head++) {
-        float factor = shared.factors[head];
-#pragma unroll
-        for (u32 i = 0; i < 2 * LANE_PAIRS; i++) values.sums[head][i] *= factor;
-    }
-#pragma unroll 4
-    for (u32 token = warp; token < count; token += ATTEND_WARPS) {
-        const u8* row = rows + token * (Kv::row_bytes(dim) + Kv::PADDING);
-        float weights[HEADS], scale = Kv::SCALED ? shared.scales[1][token] : 1.0f;
-#pragma unroll
-        for (u32 head = 0; head < HEADS; head += 4) {
-            float4 four = *(const float4*)&shared.scores[token][head];
-            weights[head] = four.x, weights[head + 1] = four.y, weights[head + 2] = four.z, weights[head + 3] = four.w;
-        }
-#pragma unroll
-        for (u32 i = 0; i < LANE_PAIRS; i++) {
-            u32 at = 2 * (lane + i * WARP);
-            if (at >= dim) continue;
-            float value[2];
-            Kv::load2(row, at, scale, value);
-#pragma unroll
-            for (u32 head = 0; head < HEADS; head++) {
-                values.sums[head][2 * i] = fmaf(weights[head], value[0], values.sums[head][2 * i]);
-                values.sums[head][2 * i + 1] = fmaf(weights[head], value[1], values.sums[head][2 * i + 1]);
-            }
-        }
-    }
-}
-
-
-// Adds up the warps' values of a piece and gives them on: as the result where there is one piece, else to `partial`.
-__device__ __forceinline__ void give_piece(const Attend& attend, const Piece& piece, AttendShared& shared, u8* room, u32 dim,
-                                           u32 group, u32 base, const Values& values) {
-    float* sums = (float*)room;
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-#pragma unroll
-    for (u32 head = 0; head < HEADS; head++) {
-#pragma unroll
-        for (u32 i = 0; i < LANE_PAIRS; i++) {
-            u32 at = 2 * (lane + i * WARP);
-            if (at >= dim) continue;
-            *(float2*)(sums + (warp * HEADS + head) * dim + at) =
-                float2{values.sums[head][2 * i], values.sums[head][2 * i + 1]};
-        }
-    }
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < HEADS * dim; i += ATTEND_THREADS) {
-        u32 head = i / dim, element = i % dim, query_head = piece.kv_head * group + base + head;
-        if (base + head >= group) break;
-        float total = 0;
-#pragma unroll
-        for (u32 from = 0; from < ATTEND_WARPS; from++) total += sums[from * HEADS * dim + i];
+// Gives a piece's values on: as the result where there is one piece, else to `partial`.
+__device__ __forceinline__ void give_piece(const Attend& attend, const Piece& piece, const TileShared& shared, u8* room,
+                                           u32 dim, u32 group, u32 base, const Values& values) {
+    give_values(values, dim, room, [&](u32 head, u32 element, float first, float second) {
+        if (base + head >= group) return;
+        u32 query_head = piece.kv_head * group + base + head;
         size_t place = (size_t)piece.row * attend.query_heads + query_head;
-        float largest = shared.largest[head], sum = shared.sums[head];
+        Powers powers = shared.powers[head];
         if (piece.cuts == 1) {
-            float sink = attend.sinks[query_head], most = largest > sink || largest != largest ? largest : sink;
-            float share = expf(largest - most);
-            attend.out[place * dim + element] = narrow(total * share / fmaf(sum, share, expf(sink - most)));
+            float sink = attend.sinks[query_head];
+            float most = powers.largest > sink || powers.largest != powers.largest ? powers.largest : sink;
+            float share = expf(powers.largest - most), all = fmaf(powers.sum, share, expf(sink - most));
+            *(u32*)(attend.out + place * dim + element) = narrow_pair(first * share / all, second * share / all);
         } else {
             float* to = attend.partial + (place * gridDim.x + blockIdx.x) * (dim + 2);
-            if (element == 0) to[0] = largest, to[1] = sum;
-            to[2 + element] = total;
+            if (element == 0) *(float2*)to = float2{powers.largest, powers.sum};
+            *(float2*)(to + 2 + element) = float2{first, second};
         }
-    }
+    });
 }
 
 // Adds the pieces of one row and head of keys, in ascending order, and the sink to the normalisation alone. A warp for
@@ -301,42 +187,41 @@ template <class Kv>
 __device__ __forceinline__ void attend_piece(const Attend& attend, const Layer& layer, const Tables& tables) {
     __shared__ AttendShared shared;
     SHARED_BYTES(room);
+    TileShared& own = shared.tile;
     let_next_start();
     u32 dim = layer.dim, group = attend.query_heads / layer.kv_heads;
     Piece piece(tables, attend.window, dim);
     if (piece.first >= piece.end) return wait_for_previous();
     u8* keys = room;
     u8* rows = room + piece.tile * (Kv::row_bytes(dim) + Kv::PADDING);
+    bool is_last_piece = !attend.is_written && piece.end > piece.position;
     if (attend.is_written) wait_for_previous();
     for (u32 base = 0; base < group; base += HEADS) {
-        float largest = float_of_bits(0xff800000u), sum = 0;
+        Powers powers{float_of_bits(0xff800000u), 0};
         Values values = {};
-        fetch_tile<Kv>(piece, layer, tables, piece.first, 0, attend.is_written, keys, shared.scales[0]);
-        fetch_tile<Kv>(piece, layer, tables, piece.first, 1, attend.is_written, rows, shared.scales[1]);
+        fetch_tile<Kv>(piece, layer, tables, piece.first, 0, attend.is_written, keys, own.scales[0]);
+        fetch_tile<Kv>(piece, layer, tables, piece.first, 1, attend.is_written, rows, own.scales[1]);
         if (base == 0 && !attend.is_written) wait_for_previous();
-        bring_queries(attend, piece, dim, group, base, layer.kv_heads, shared);
+        Turned turned = is_last_piece ? take_own(attend, piece, layer) : Turned{};
+        bring_queries(attend, piece, dim, group, base, layer.kv_heads, own);
         for (u32 start = piece.first; start < piece.end; start += piece.tile) {
             u32 count = piece.end - start < piece.tile ? piece.end - start : piece.tile;
-            if (!attend.is_written && start + count > piece.position) {
-                write_own<Kv>(attend, piece, layer, tables, start, keys, rows, shared);
+            if (is_last_piece && start + count > piece.position) {
+                write_own<Kv>(attend, piece, layer, tables, turned, start, keys, rows, own);
             }
             wait_for_copies<1>();
             __syncthreads();
-            score_tile<Kv>(shared, keys, piece.tile, count, dim);
+            score_tile<Kv>(own, keys, piece.tile, count, dim);
+            wait_for_copies<0>();
             __syncthreads();
-            fetch_tile<Kv>(piece, layer, tables, start + piece.tile, 0, attend.is_written, keys, shared.scales[0]);
-            power_tile(shared, count, largest, sum);
-            wait_for_copies<1>();
+            fetch_tile<Kv>(piece, layer, tables, start + piece.tile, 0, attend.is_written, keys, own.scales[0]);
+            power_tile<Kv>(own, count, powers);
             __syncthreads();
-            add_values<Kv>(shared, rows, count, dim, values);
+            add_values<Kv>(own, rows, count, dim, values);
             __syncthreads();
-            fetch_tile<Kv>(piece, layer, tables, start + piece.tile, 1, attend.is_written, rows, shared.scales[1]);
+            fetch_tile<Kv>(piece, layer, tables, start + piece.tile, 1, attend.is_written, rows, own.scales[1]);
         }
-        if (threadIdx.x % WARP == 0) {
-            shared.largest[threadIdx.x / WARP] = largest;
-            shared.sums[threadIdx.x / WARP] = sum;
-        }
-        give_piece(attend, piece, shared, room, dim, group, base, values);
+        give_piece(attend, piece, own, room, dim, group, base, values);
         __syncthreads();
     }
     if (piece.cuts == 1) return;

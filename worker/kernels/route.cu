@@ -181,6 +181,7 @@ __device__ __forceinline__ void choose(const Route& route, RouteShared& shared) 
     __syncthreads();
     if (own < route.experts) {
         u32 rank = 0, key = shared.keys[own];
+#pragma unroll 8
         for (u32 other = 0; other < route.experts; other++) {
             u32 theirs = shared.keys[other];
             rank += theirs > key || (theirs == key && other < own);
@@ -193,6 +194,7 @@ __device__ __forceinline__ void choose(const Route& route, RouteShared& shared) 
     __syncthreads();
     if (own < route.used) {
         float largest = shared.logits[shared.chosen[0]], sum = 0;
+#pragma unroll 4
         for (u32 rank = 0; rank < route.used; rank++) sum += expf(shared.logits[shared.chosen[rank]] - largest);
         route.weights[token * route.used + own] = expf(shared.logits[shared.chosen[own]] - largest) / sum;
     }
@@ -217,6 +219,20 @@ __device__ __forceinline__ void list_slots(const u32* chosen, u32 slots, u32 exp
         if (is_mine) list[done + __popc(found & ((1u << lane) - 1))] = slot;
         done += __popc(found);
     }
+}
+
+// The groups of a single token: its experts in ascending order, one slot each.
+__device__ __forceinline__ void group_one(const Route& route, const Groups& groups, const RouteShared& shared) {
+    u32 rank = threadIdx.x;
+    if (rank >= route.used) return;
+    u32 group = 0, own = shared.chosen[rank];
+    for (u32 other = 0; other < route.used; other++) group += shared.chosen[other] < own;
+    groups.experts[group] = own;
+    groups.firsts[group] = group;
+    groups.slots[group] = rank;
+    if (rank != 0) return;
+    groups.firsts[route.used] = route.used;
+    *groups.count = route.used;
 }
 
 // Groups all tokens' slots by expert.
@@ -273,6 +289,8 @@ ENTRY __launch_bounds__(256, 2)
     u32 tokens = gridDim.y;
     if (!is_last_block(counters + blockIdx.y, gridDim.x, &shared.is_last)) return;
     choose(route, shared);
+    const Groups groups{group_count, group_experts, group_firsts, group_slots};
+    if (tokens == 1) return group_one(route, groups, shared);
     if (!is_last_block(counters + tokens, tokens, &shared.is_last)) return;
-    group(route, Groups{group_count, group_experts, group_firsts, group_slots}, tokens * used, shared);
+    group(route, groups, tokens * used, shared);
 }

@@ -94,3 +94,32 @@ __device__ __forceinline__ void column_scales(float scale, float& first, float& 
     second = scale;
 #endif
 }
+
+#if !defined(BULKHEAD_HALF)
+// Four matrices of 8 x 8 elements of 16 bits from shared memory: lane 8 i + r names row r of matrix i, 16 bytes. Of each
+// matrix a lane gets row lane / 4, elements 2 (lane % 4) and one more: the factors of multiply_tile.
+__device__ __forceinline__ void near_matrices(Near row, u32 (&out)[4]) {
+#if defined(BULKHEAD_EMULATED)
+    u32 lane = threadIdx.x % WARP;
+    for (u32 i = 0; i < 4; i++) out[i] = near_word(__shfl_sync(ALL_LANES, row, i * 8 + lane / 4) + lane % 4 * 4);
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(row));
+#endif
+}
+
+// The same of the matrices' transposes: a lane gets column lane / 4 of rows 2 (lane % 4) and one more.
+__device__ __forceinline__ void near_columns(Near row, u32 (&out)[4]) {
+#if defined(BULKHEAD_EMULATED)
+    u32 lane = threadIdx.x % WARP;
+    for (u32 i = 0; i < 4; i++) {
+        Near first = __shfl_sync(ALL_LANES, row, i * 8 + lane % 4 * 2);
+        Near second = __shfl_sync(ALL_LANES, row, i * 8 + lane % 4 * 2 + 1);
+        out[i] = (u32)((const u16*)first)[lane / 4] | (u32)((const u16*)second)[lane / 4] << 16;
+    }
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(row));
+#endif
+}
+#endif

@@ -34,10 +34,10 @@ const FAULTS: [Fault; 11] = [
         to: "&& other > own)",
     },
     Fault {
-        name: "a token's first block chooses",
+        name: "a token's last block but one chooses",
         file: "common.cuh",
         from: "atomicAdd(counter, 1u) + 1 == blocks",
-        to: "atomicAdd(counter, 1u) == 0",
+        to: "atomicAdd(counter, 1u) + 2 == blocks",
     },
     Fault { name: "counters not put back", file: "common.cuh", from: "if (*flag) *counter = 0;", to: "" },
     Fault {
