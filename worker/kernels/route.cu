@@ -130,9 +130,14 @@ template <u32 ROUNDS> __device__ __forceinline__ void judge(const Route& route, 
         for (u32 i = 0; i < OWN; i++) {
             own[round][i] += change[i];
             sums[0] = fmaf(own[round][i], own[round][i], sums[0]);
-            if (blockIdx.x == 0) route.sum[place + i] = own[round][i];
-            own[round][i] *= gains[round][i];
         }
+        if (blockIdx.x == 0) {
+            float4* to = (float4*)(route.sum + place);
+            to[0] = float4{own[round][0], own[round][1], own[round][2], own[round][3]};
+            to[1] = float4{own[round][4], own[round][5], own[round][6], own[round][7]};
+        }
+#pragma unroll
+        for (u32 i = 0; i < OWN; i++) own[round][i] *= gains[round][i];
     }
     float scale = 0;
     for (bool is_first = true; base < route.experts; is_first = false) {

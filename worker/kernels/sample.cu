@@ -30,8 +30,16 @@ struct Chosen {
 
 __device__ __forceinline__ bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
-__device__ __forceinline__ double power(float logit, float largest, float temperature) {
-    return exp(((double)logit - (double)largest) / (double)temperature);
+// 1 / temperature by Newton's steps from a float: the compiler's division is a call, for which registers are spilled.
+__device__ __forceinline__ double inverse_of(float temperature) {
+    double inverse = (double)(1.0f / temperature);
+    inverse = fma(inverse, fma(-(double)temperature, inverse, 1.0), inverse);
+    return fma(inverse, fma(-(double)temperature, inverse, 1.0), inverse);
+}
+
+// `inverse` is that of the temperature.
+__device__ __forceinline__ double power(float logit, float largest, double inverse) {
+    return exp(((double)logit - (double)largest) * inverse);
 }
 
 __device__ __forceinline__ bool is_better(float logit, u32 token, float than, u32 than_token) {
@@ -119,11 +127,11 @@ ENTRY __launch_bounds__(256) choose_scan(const float* logits, u32 vocabulary, co
         if (is_better(values[i], first + i, largest, token)) largest = values[i], token = first + i;
     }
     best_of_block(largest, token, broken, room);
-    double sum = 0;
+    double sum = 0, inverse = inverse_of(temperature);
     if (temperature > 0.0f) {
 #pragma unroll
         for (u32 i = 0; i < OWN; i++) {
-            if (first + i < vocabulary) sum += power(values[i], largest, temperature);
+            if (first + i < vocabulary) sum += power(values[i], largest, inverse);
         }
         sum = run_sum(sum, room).total;
     }
@@ -177,43 +185,43 @@ template <class Weight> __device__ __forceinline__ u32 find_own(u32 first, u32 c
 }
 
 // The chunk where the draw falls, known to all; leaves what is left of the draw, in the chunk's scale, in `room.left`.
-__device__ __forceinline__ u32 find_chunk(const Partial* partials, u32 chunks, float largest, float temperature,
+__device__ __forceinline__ u32 find_chunk(const Partial* partials, u32 chunks, float largest, double inverse,
                                           double share, Room& room) {
     u32 each = (chunks + SAMPLE_THREADS - 1) / SAMPLE_THREADS, first = threadIdx.x * each;
     u32 count = first >= chunks ? 0 : chunks - first < each ? chunks - first : each;
-    auto weight = [&](u32 i) { return partials[i].sum * power(partials[i].largest, largest, temperature); };
+    auto weight = [&](u32 i) { return partials[i].sum * power(partials[i].largest, largest, inverse); };
     double own = 0;
     for (u32 i = first; i < first + count; i++) own += weight(i);
     Running running = run_sum(own, room);
     double draw = share * running.total;
+    // Every thread looks, so that none waits for one: only what the right one finds counts.
+    double left = draw - running.before;
+    u32 chunk = find_own(first, count, weight, left);
     if (find_thread(own, running.before, draw, room) == threadIdx.x) {
-        double left = draw - running.before;
-        u32 chunk = find_own(first, count, weight, left);
         room.index = chunk;
-        room.left = left / power(partials[chunk].largest, largest, temperature);
+        room.left = left * power(largest, partials[chunk].largest, inverse);
     }
     __syncthreads();
     return room.index;
 }
 
 // The token of a chunk where the draw falls; valid in every thread.
-__device__ __forceinline__ u32 find_token(const float* own, u32 chunk, u32 vocabulary, float largest, float temperature,
+__device__ __forceinline__ u32 find_token(const float* own, u32 chunk, u32 vocabulary, float largest, double inverse,
                                           Room& room) {
     u32 first = chunk * CHUNK + threadIdx.x * OWN;
     u32 count = first >= vocabulary ? 0 : vocabulary - first < OWN ? vocabulary - first : OWN;
-    auto weight = [&](u32 i) { return power(own[i], largest, temperature); };
+    auto weight = [&](u32 i) { return power(own[i], largest, inverse); };
     double sum = 0, draw = room.left;
     for (u32 i = first; i < first + count; i++) sum += weight(i);
     Running running = run_sum(sum, room);
-    if (find_thread(sum, running.before, draw, room) == threadIdx.x) {
-        double left = draw - running.before;
-        room.index = find_own(first, count, weight, left);
-    }
+    double left = draw - running.before;
+    u32 token = find_own(first, count, weight, left);
+    if (find_thread(sum, running.before, draw, room) == threadIdx.x) room.index = token;
     __syncthreads();
     return room.index;
 }
 
-ENTRY __launch_bounds__(256) choose_pick(const float* logits, u32 vocabulary, const float* temperatures, const u64* seeds,
+ENTRY __launch_bounds__(256, 1) choose_pick(const float* logits, u32 vocabulary, const float* temperatures, const u64* seeds,
                                          const u64* positions, const Partial* partials, u32 chunks, Chosen* chosen) {
     __shared__ Room room;
     let_next_start();
@@ -221,13 +229,14 @@ ENTRY __launch_bounds__(256) choose_pick(const float* logits, u32 vocabulary, co
     u32 row = blockIdx.x, token = NONE, broken = NONE;
     const Partial* own = partials + (size_t)row * chunks;
     float largest = float_of_bits(0xff800000u), temperature = temperatures[row];
+    double inverse = inverse_of(temperature);
     for (u32 i = threadIdx.x; i < chunks; i += SAMPLE_THREADS) {
         keep_better(largest, token, broken, own[i].largest, own[i].token, own[i].broken);
     }
     best_of_block(largest, token, broken, room);
     if (temperature > 0.0f && broken == NONE) {
-        u32 chunk = find_chunk(own, chunks, largest, temperature, uniform(seeds[row], positions[row]), room);
-        token = find_token(logits + (size_t)row * vocabulary, chunk, vocabulary, own[chunk].largest, temperature, room);
+        u32 chunk = find_chunk(own, chunks, largest, inverse, uniform(seeds[row], positions[row]), room);
+        token = find_token(logits + (size_t)row * vocabulary, chunk, vocabulary, own[chunk].largest, inverse, room);
     }
     if (threadIdx.x == 0) chosen[row] = Chosen{token, broken};
 }

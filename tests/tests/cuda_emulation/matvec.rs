@@ -58,8 +58,8 @@ const FAULTS: [Fault; 16] = [
     Fault {
         name: "MXFP4's groups of a block exchanged",
         file: "formats.cuh",
-        from: "held.codes[0][0] = words[0], held.codes[0][1] = words[4];",
-        to: "held.codes[0][0] = words[4], held.codes[0][1] = words[0];",
+        from: "held.codes[0][0] = near_word(own), held.codes[0][1] = near_word(own + 16);",
+        to: "held.codes[0][1] = near_word(own), held.codes[0][0] = near_word(own + 16);",
     },
     Fault {
         name: "a unit multiplied before it has come",

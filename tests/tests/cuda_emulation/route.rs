@@ -23,8 +23,8 @@ const FAULTS: [Fault; 11] = [
     Fault {
         name: "the sum scaled too",
         file: "route.cu",
-        from: "route.sum[place + i] = own[round][i];",
-        to: "route.sum[place + i] = own[round][i] * gains[round][i];",
+        from: "to[0] = float4{own[round][0],",
+        to: "to[0] = float4{own[round][0] * gains[round][0],",
     },
     Fault { name: "weights not normalised", file: "route.cu", from: "- largest) / sum", to: "- largest)" },
     Fault {

@@ -22,8 +22,8 @@ const FAULTS: [Fault; 9] = [
     Fault {
         name: "what threads before have not taken off",
         file: "sample.cu",
-        from: "double left = draw - running.before;\n        u32 chunk",
-        to: "double left = draw;\n        u32 chunk",
+        from: "double left = draw - running.before;\n    u32 chunk",
+        to: "double left = draw;\n    u32 chunk",
     },
     Fault {
         name: "the warps before left out",
@@ -46,8 +46,8 @@ const FAULTS: [Fault; 9] = [
     Fault {
         name: "no barrier before the chunk is read",
         file: "sample.cu",
-        from: "largest, temperature);\n    }\n    __syncthreads();",
-        to: "largest, temperature);\n    }",
+        from: "largest, inverse);\n    }\n    __syncthreads();",
+        to: "largest, inverse);\n    }",
     },
     Fault {
         name: "broken logits overlooked",
@@ -58,7 +58,7 @@ const FAULTS: [Fault; 9] = [
     Fault {
         name: "chunks added without their scale",
         file: "sample.cu",
-        from: "return partials[i].sum * power(partials[i].largest, largest, temperature); };",
+        from: "return partials[i].sum * power(partials[i].largest, largest, inverse); };",
         to: "return partials[i].sum; };",
     },
 ];
