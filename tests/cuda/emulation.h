@@ -30,6 +30,9 @@ struct uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -50,6 +53,14 @@ struct Shown {
     uint32_t words[6];
 };
 
+// A copy that was started and not yet waited for: only then is it made, so that reading too early gives what was there.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t size;
+    unsigned group;
+};
+
 struct Fiber {
     ucontext_t context;
     jmp_buf resume;
@@ -61,6 +72,8 @@ struct Fiber {
     unsigned turn;
     unsigned index;
     Shown shown[2];
+    std::vector<Copy> copies;
+    unsigned copy_group;
 };
 
 inline dim3 grid, block, block_index;
@@ -80,6 +93,23 @@ inline size_t shared_size;
 
 inline unsigned char* dynamic_shared() { return shared_memory; }
 inline void note_wait() { current->has_waited = true; }
+
+inline void start_copy(void* to, const void* from, size_t size) {
+    if ((uintptr_t)to % size != 0 || (uintptr_t)from % size != 0) fail("a copy's ends lie not on its size");
+    current->copies.push_back(Copy{to, from, size, current->copy_group});
+}
+inline void end_copies() { current->copy_group++; }
+inline void wait_for_copies(unsigned pending) {
+    std::vector<Copy> rest;
+    for (const Copy& copy : current->copies) {
+        if (copy.group + pending < current->copy_group) {
+            memcpy(copy.to, copy.from, copy.size);
+        } else {
+            rest.push_back(copy);
+        }
+    }
+    current->copies = rest;
+}
 
 inline void leave(State state) {
     current->state = state;
@@ -146,6 +176,8 @@ inline void run_block() {
         fiber.state = State::Ready;
         fiber.is_started = fiber.has_waited = false;
         fiber.turn = 0;
+        fiber.copies.clear();
+        fiber.copy_group = 0;
         fiber.index = i;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -261,6 +293,7 @@ inline void multiply_tile(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 #define blockDim (emulation::block)
 #define gridDim (emulation::grid)
 #define __syncthreads() emulation::meet_block()
+#define __threadfence()
 
 template <class T> T __shfl_xor_sync(unsigned, T value, unsigned distance) {
     return emulation::exchange(value, (emulation::current->index % emulation::LANES) ^ distance);
@@ -274,7 +307,17 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
     for (unsigned i = 0; i < emulation::LANES; i++) votes |= (unsigned)warp[i].shown[turn].value << i;
     return votes;
 }
+inline void __syncwarp() {
+    unsigned turn;
+    emulation::meet_warp(emulation::Meeting::Exchange, emulation::Shown{}, turn);
+}
 template <class T> T __ldcs(const T* from) { return *from; }
+template <class T> T __ldcg(const T* from) { return *from; }
+inline unsigned atomicAdd(unsigned* to, unsigned value) {
+    unsigned before = *to;
+    *to += value;
+    return before;
+}
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
 inline float __uint_as_float(unsigned bits) { return emulation::float_of_bits(bits); }
 inline unsigned __float_as_uint(float value) {

@@ -6,5 +6,6 @@ mod emulator;
 mod matvec;
 mod moe;
 mod norm;
+mod route;
 mod sample;
 mod support;

@@ -10,10 +10,15 @@ const FAULTS: [Fault; 5] = [
     Fault {
         name: "weights of the first row for all",
         file: "norm.cu",
-        from: "part_weights[at]",
+        from: "part_weights[row * part_count + part]",
         to: "part_weights[part]",
     },
-    Fault { name: "the change not kept", file: "norm.cu", from: "            own[i] = value;\n", to: "" },
+    Fault {
+        name: "the change not kept",
+        file: "norm.cu",
+        from: "if (part_count > 0) *(float4*)(own + at) = value;",
+        to: "",
+    },
     Fault {
         name: "no barrier in the sum",
         file: "common.cuh",
@@ -92,8 +97,9 @@ fn check(program: &Program, order: Order) -> Result<(), String> {
     let mut random = Random::new(3);
     for case in [
         Case { hidden: 64, parts: 0, has_weights: false, threads: 64, rows: None },
-        Case { hidden: 2880, parts: 1, has_weights: false, threads: 512, rows: None },
-        Case { hidden: 320, parts: 4, has_weights: true, threads: 256, rows: None },
+        Case { hidden: 2880, parts: 1, has_weights: false, threads: 736, rows: None },
+        Case { hidden: 320, parts: 4, has_weights: true, threads: 32, rows: None },
+        Case { hidden: 320, parts: 6, has_weights: true, threads: 256, rows: None },
         Case { hidden: 320, parts: 4, has_weights: true, threads: 256, rows: Some(vec![3, 1]) },
     ] {
         check_case(program, order, &case, &mut random)?;
