@@ -1,9 +1,9 @@
-// Dense layers, for 1 to 16 tokens and for many: the projections of attention and the output matrix.
+// Dense layers for 1 to 16 tokens: the projections of attention and the output matrix.
 //
 // Agrees with: Cpu::matmul (worker/src/quant/cpu), for activations rounded to bf16.
 // See README.md beside this for each kernel's launch contract.
 
-#include "matmul.cuh"
+#include "matvec.cuh"
 
 // Matrices that read the same activations: a layer's q, k and v, or one alone.
 struct DenseJob {
@@ -52,15 +52,3 @@ MATVEC(matvec_mxfp4_8, Mxfp4, 1)
 MATVEC(matvec_mxfp4_16, Mxfp4, 2)
 MATVEC(matvec_bf16_8, Bf16, 1)
 MATVEC(matvec_bf16_16, Bf16, 2)
-
-#define MATMUL(NAME, FORMAT)                                                                                           \
-    ENTRY __launch_bounds__(256, 1) NAME(const Matrix* matrices, u32 matrix_count, const bf16* x, u32 batch,           \
-                                         u32 columns, float* out, u32 out_stride, const float* scale_values) {         \
-        DenseJob job{matrices, matrix_count, x, batch, columns, out, out_stride};                                      \
-        run_matmul<FORMAT>(job, columns, scale_values);                                                                \
-    }
-
-MATMUL(matmul_nf4, Nf4Plain)
-MATMUL(matmul_nf4_nested, Nf4Nested)
-MATMUL(matmul_mxfp4, Mxfp4)
-MATMUL(matmul_bf16, Bf16)

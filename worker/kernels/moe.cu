@@ -1,12 +1,11 @@
-// Mixture of experts for 1 to 16 tokens and for many: router, choice, grouping, and both products of the chosen experts.
+// Mixture of experts for 1 to 16 tokens: router, choice, grouping, and both products of the chosen experts.
 //
 // Agrees with: Mixture::run (worker/src/model/moe.rs), for activations rounded to bf16 before each expert's product; the
 // router reads them as f32. A slot is one choice of one token: slot = token * used + rank. Results stay apart by slot and
 // are added by rank in add_norm, so a token's result does not depend on the others.
 
-#include "matmul.cuh"
-
-constexpr u32 EXPERTS_MAX = 256;
+#include "choice.cuh"
+#include "matvec.cuh"
 
 __device__ __forceinline__ float dot_of_words(uint4 words, const float* x, float sum) {
     float4 first = *(const float4*)x, second = *(const float4*)(x + 4);
@@ -35,40 +34,6 @@ ENTRY __launch_bounds__(128) moe_router(const bf16* weight, const float* bias, c
     }
     sum = block_sum(sum, slots);
     if (threadIdx.x == 0) logits[token * gridDim.x + expert] = sum + bias[expert];
-}
-
-// Orders floats as f32::total_cmp does, and the lower index first among equals.
-__device__ __forceinline__ u64 rank_key(float value, u32 index) {
-    u32 bits = __float_as_uint(value);
-    u32 ordered = bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
-    return (u64)ordered << 32 | (u32)~index;
-}
-
-// One warp picks the experts of one token.
-__device__ __forceinline__ void choose_experts(const float* logits, u32 experts, u32 used, u32* chosen, float* weights) {
-    u32 lane = threadIdx.x % WARP;
-    u64 below = ~0ull;
-    float largest = 0, own_power = 0, sum = 0;
-    for (u32 rank = 0; rank < used; rank++) {
-        u64 best = 0;
-        for (u32 expert = lane; expert < experts; expert += WARP) {
-            u64 key = rank_key(logits[expert], expert);
-            if (key < below && key > best) best = key;
-        }
-        for (u32 distance = WARP / 2; distance > 0; distance /= 2) {
-            u64 other = __shfl_xor_sync(ALL_LANES, best, distance);
-            best = other > best ? other : best;
-        }
-        below = best;
-        u32 expert = ~(u32)best;
-        float logit = logits[expert];
-        if (rank == 0) largest = logit;
-        float power = expf(logit - largest);
-        sum += power;
-        if (lane == rank) own_power = power;
-        if (lane == 0) chosen[rank] = expert;
-    }
-    if (lane < used) weights[lane] = own_power / sum;
 }
 
 // Lists each expert's slots in ascending order: a warp counts an expert's slots, then writes them from its first on.
@@ -227,27 +192,3 @@ EXPERT_KERNELS(mxfp4_8, Mxfp4, 1)
 EXPERT_KERNELS(mxfp4_16, Mxfp4, 2)
 EXPERT_KERNELS(bf16_8, Bf16, 1)
 EXPERT_KERNELS(bf16_16, Bf16, 2)
-
-#define EXPERT_KERNELS_MANY(NAME, FORMAT)                                                                              \
-    ENTRY __launch_bounds__(256, 1) moe_gate_up_##NAME(                                                                \
-        const Matrix* matrices, const u32* group_count, const u32* group_experts, const u32* group_firsts,             \
-        const u32* group_slots, const bf16* x, u32 used, u32 columns, u32 rows, float alpha, float limit, bf16* inner, \
-        const float* scale_values) {                                                                                   \
-        wait_for_previous();                                                                                           \
-        ExpertJob base{matrices, *group_count, group_experts, group_firsts, group_slots, x, used, columns,             \
-                       (rows + MATVEC_ROWS - 1) / MATVEC_ROWS};                                                        \
-        run_matmul<FORMAT>(GateUpJob{base, inner, alpha, limit}, columns, scale_values);                               \
-    }                                                                                                                  \
-    ENTRY __launch_bounds__(256, 1) moe_down_##NAME(                                                                   \
-        const Matrix* matrices, const u32* group_count, const u32* group_experts, const u32* group_firsts,             \
-        const u32* group_slots, const bf16* inner, u32 columns, u32 rows, float* out, const float* scale_values) {     \
-        wait_for_previous();                                                                                           \
-        ExpertJob base{matrices, *group_count, group_experts, group_firsts, group_slots, inner, 1, columns,            \
-                       (rows + MATVEC_ROWS - 1) / MATVEC_ROWS};                                                        \
-        run_matmul<FORMAT>(DownJob{base, out}, columns, scale_values);                                                 \
-    }
-
-EXPERT_KERNELS_MANY(nf4_many, Nf4Plain)
-EXPERT_KERNELS_MANY(nf4_nested_many, Nf4Nested)
-EXPERT_KERNELS_MANY(mxfp4_many, Mxfp4)
-EXPERT_KERNELS_MANY(bf16_many, Bf16)

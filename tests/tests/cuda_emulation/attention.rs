@@ -66,49 +66,49 @@ const FAULTS: [Fault; 10] = [
 ];
 
 /// Layers of the pool, and the one that is used.
-const POOL_LAYERS: usize = 2;
-const POOL_LAYER: usize = 1;
+pub(crate) const POOL_LAYERS: usize = 2;
+pub(crate) const POOL_LAYER: usize = 1;
 
 #[derive(Clone, Copy)]
-struct Case {
-    heads: Heads,
-    window: u32,
-    is_int8: bool,
+pub(crate) struct Case {
+    pub(crate) heads: Heads,
+    pub(crate) window: u32,
+    pub(crate) is_int8: bool,
 }
 
 impl Case {
-    fn row_heads(&self) -> usize {
+    pub(crate) fn row_heads(&self) -> usize {
         self.heads.query + 2 * self.heads.kv
     }
 
-    fn row_len(&self) -> usize {
+    pub(crate) fn row_len(&self) -> usize {
         self.row_heads() * self.heads.dim
     }
 
-    fn block_bytes(&self) -> usize {
+    pub(crate) fn block_bytes(&self) -> usize {
         let dim = self.heads.dim;
         POOL_LAYERS * self.heads.kv * 2 * BLOCK_TOKENS as usize * if self.is_int8 { dim + 4 } else { 2 * dim }
     }
 
-    fn name(&self, kernel: &str) -> String {
+    pub(crate) fn name(&self, kernel: &str) -> String {
         format!("{kernel}_{}", if self.is_int8 { "int8" } else { "bf16" })
     }
 }
 
 /// Two sequences with all their projections, and the rows that are asked for.
-struct Inputs {
+pub(crate) struct Inputs {
     /// Of each row: sequence and position.
-    rows: Vec<(u32, u32)>,
+    pub(crate) rows: Vec<(u32, u32)>,
     qkv: Vec<f32>,
     cosines: Vec<f32>,
     sines: Vec<f32>,
-    sinks: Vec<f32>,
-    asked: Vec<usize>,
+    pub(crate) sinks: Vec<f32>,
+    pub(crate) asked: Vec<usize>,
 }
 
-const LENGTHS: [u32; 2] = [530, 70];
+pub(crate) const LENGTHS: [u32; 2] = [530, 70];
 
-fn inputs(case: &Case, random: &mut Random) -> Inputs {
+pub(crate) fn inputs(case: &Case, random: &mut Random) -> Inputs {
     let rows: Vec<(u32, u32)> = (0..2).flat_map(|s| (0..LENGTHS[s as usize]).map(move |p| (s, p))).collect();
     let half = case.heads.dim / 2;
     let angles: Vec<f32> = rows
@@ -134,7 +134,7 @@ impl Inputs {
     }
 
     /// Rotated queries, rotated keys, values of one row.
-    fn rotated(&self, case: &Case, row: usize) -> [Vec<f32>; 3] {
+    pub(crate) fn rotated(&self, case: &Case, row: usize) -> [Vec<f32>; 3] {
         let (dim, half) = (case.heads.dim, case.heads.dim / 2);
         let own = &self.qkv[row * case.row_len()..(row + 1) * case.row_len()];
         let turn = |head: &[f32]| -> Vec<f32> {
@@ -160,7 +160,7 @@ impl Inputs {
             .expect("three parts")
     }
 
-    fn expected(&self, case: &Case) -> Vec<f32> {
+    pub(crate) fn expected(&self, case: &Case) -> Vec<f32> {
         let span = if case.window == 0 { Span::Full } else { Span::Window(case.window) };
         let shape = KvShape { spans: vec![span], kv_heads: case.heads.kv, head_dim: case.heads.dim };
         let mut cache = KvCache::new(shape, 64, 2, 1024);

@@ -3,8 +3,11 @@
 
 mod attention;
 mod emulator;
+mod matmul;
 mod matvec;
 mod moe;
+mod moe_many;
 mod norm;
+mod prefill;
 mod sample;
 mod support;
