@@ -45,7 +45,7 @@ constexpr size_t STACK_BYTES = 64 << 10;
 constexpr size_t SHARED_BYTES_MAX = 227 << 10;
 
 enum class State { Ready, AtBlock, AtWarp, Ended };
-enum class Meeting { None, Exchange, Product };
+enum class Meeting { None, Exchange, Product, Matrices };
 
 // What a lane shows the others of its warp. Two of each, taken in turn: a lane may be one meeting ahead.
 struct Shown {
@@ -56,7 +56,7 @@ struct Shown {
 // A copy that was started and not yet waited for: only then is it made, so that reading too early gives what was there.
 struct Copy {
     void* to;
-    const void* from;
+    const void* from;  // null: zeros
     size_t size;
     unsigned group;
 };
@@ -103,7 +103,8 @@ inline void wait_for_copies(unsigned pending) {
     std::vector<Copy> rest;
     for (const Copy& copy : current->copies) {
         if (copy.group + pending < current->copy_group) {
-            memcpy(copy.to, copy.from, copy.size);
+            if (copy.from == nullptr) memset(copy.to, 0, copy.size);
+            else memcpy(copy.to, copy.from, copy.size);
         } else {
             rest.push_back(copy);
         }
@@ -131,6 +132,7 @@ inline const Fiber* meet_warp(Meeting meeting, const Shown& shown, unsigned& tur
 inline void start_fiber() {
     (*kernel)();
     if (!current->has_waited) fail("a thread ended without waiting for the kernels before");
+    if (!current->copies.empty()) fail("a thread ended without waiting for its copies");
     current->state = State::Ended;
     _longjmp(scheduler, 1);
 }
@@ -226,6 +228,37 @@ template <class T> T exchange(T value, unsigned source) {
     const Fiber* warp = meet_warp(Meeting::Exchange, shown, turn);
     memcpy(&value, &warp[source].shown[turn].value, sizeof value);
     return value;
+}
+
+inline void copy_chunk(unsigned char* to, const void* from, bool is_real) {
+    if ((uintptr_t)to % 16 != 0 || (uintptr_t)from % 16 != 0) fail("a chunk does not lie on 16 bytes");
+    current->copies.push_back(Copy{to, is_real ? from : nullptr, 16, current->copy_group});
+}
+
+// Four matrices of eight rows of eight 16-bit numbers; lane 8 i + r shows where row r of matrix i is.
+inline void load_matrices(uint32_t (&words)[4], const unsigned char* row, bool is_turned) {
+    unsigned lane = current->index % LANES, turn;
+    if ((uintptr_t)row % 16 != 0) fail("a row does not lie on 16 bytes");
+    const Fiber* warp = meet_warp(Meeting::Matrices, Shown{(uint64_t)(uintptr_t)row, {}}, turn);
+    for (unsigned i = 0; i < 4; i++) {
+        uint16_t pair[2];
+        for (unsigned k = 0; k < 2; k++) {
+            unsigned line = is_turned ? lane % 4 * 2 + k : lane / 4, column = is_turned ? lane / 4 : lane % 4 * 2 + k;
+            memcpy(&pair[k], (const unsigned char*)(uintptr_t)warp[i * 8 + line].shown[turn].value + column * 2, 2);
+        }
+        words[i] = (uint32_t)pair[0] | (uint32_t)pair[1] << 16;
+    }
+}
+
+inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    uint64_t bytes = (uint64_t)high << 32 | low;
+    uint32_t picked = 0;
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned index = selector >> (4 * i) & 15;
+        if (index > 7) fail("a byte is picked with its sign");
+        picked |= (uint32_t)(bytes >> (8 * index) & 255) << (8 * i);
+    }
+    return picked;
 }
 
 inline float float_of_bits(uint32_t bits) {

@@ -26,9 +26,10 @@ constexpr u32 KEY_STAGES = 2;
 constexpr bool IS_HALF = false;
 #endif
 
-// For heads of up to DIM elements, 64 or 128; shorter ones are filled up with zeros.
+// For heads of up to DIM elements, 64 or 128; shorter ones are filled up with zeros. Sums of long heads, and Turing's, leave
+// registers for fewer keys.
 template <u32 DIM> struct Tile {
-    static constexpr u32 KEYS = 4096 / DIM;
+    static constexpr u32 KEYS = DIM > 64 ? 16 : IS_HALF ? 32 : 64;
     static constexpr u32 CHUNKS = DIM / CHUNK_FACTORS;
     static constexpr u32 QUERY_BYTES = QUERIES * DIM * 2;
     static constexpr u32 KEY_BYTES = KEYS * DIM * 2;
@@ -156,7 +157,7 @@ struct PrefillBf16 {
                                                  const Rows& rows, u32 start, u32 stage) {
         constexpr u32 CHUNKS = Tile<DIM>::CHUNKS, LINES = PREFILL_THREADS / CHUNKS;
         u32 chunk = threadIdx.x % CHUNKS;
-#pragma unroll
+#pragma unroll 2
         for (u32 i = 0; i < Tile<DIM>::KEYS / LINES; i++) {
             u32 line = i * LINES + threadIdx.x / CHUNKS, key = start + line;
             bool is_real = key >= rows.first_seen && key <= rows.last_seen && chunk * CHUNK_FACTORS < layer.dim;
@@ -191,7 +192,7 @@ struct PrefillInt8 {
         constexpr u32 CHUNKS = Tile<DIM>::CHUNKS, PARTS = CHUNKS / 2, LINES = PREFILL_THREADS / PARTS;
         constexpr u32 KEYS = Tile<DIM>::KEYS;
         u32 part = threadIdx.x % PARTS;
-#pragma unroll
+#pragma unroll 1
         for (u32 i = 0; i < KEYS / LINES; i++) {
             u32 line = i * LINES + threadIdx.x / PARTS, key = start + line, token = key % BLOCK_TOKENS;
             bool is_seen = key >= rows.first_seen && key <= rows.last_seen, is_real = is_seen && part * 16 < layer.dim;
@@ -225,7 +226,6 @@ template <u32 DIM> struct Running {
     float sums[QUERY_TILES][DIM / 8][4];
     float largest[2 * QUERY_TILES];
     float total[2 * QUERY_TILES];  // of the lane's own powers
-    u32 position[2 * QUERY_TILES];
 };
 
 template <u32 DIM> struct Scores {
@@ -257,31 +257,34 @@ __device__ __forceinline__ void score_tile(const PrefillShared<DIM>& shared, u32
     }
 }
 
-// Scales the scores and hides what a row does not see.
+// Multiplies the scores by the scales of their query and key.
 template <class Kv, u32 DIM>
-__device__ __forceinline__ void finish_scores(const PrefillShared<DIM>& shared, u32 stage, u32 start, u32 window,
-                                              bool is_whole, const Running<DIM>& running, Scores<DIM>& scores) {
-    constexpr u32 KEYS = Tile<DIM>::KEYS;
-    const float hidden = float_of_bits(0xff800000u);
+__device__ __forceinline__ void scale_scores(const PrefillShared<DIM>& shared, u32 stage, Scores<DIM>& scores) {
     u32 lane = threadIdx.x % WARP, query = threadIdx.x / WARP * 32 + lane / 4;
 #pragma unroll
-    for (u32 tile = 0; tile < QUERY_TILES; tile++) {
-        float by[2] = {1.0f, 1.0f};
-        if (IS_HALF) {
-            by[0] = shared.query_scales[query + tile * 16];
-            by[1] = shared.query_scales[query + tile * 16 + 8];
+    for (u32 row = 0; row < 2 * QUERY_TILES; row++) {
+        float by = IS_HALF ? shared.query_scales[query + row * 8] : 1.0f;
+#pragma unroll
+        for (u32 i = 0; i < Tile<DIM>::KEYS / 4; i++) {
+            u32 line = i / 2 * 8 + lane % 4 * 2 + i % 2;
+            scores.value[row / 2][i / 2][row % 2 * 2 + i % 2] *= shared.key_scales[stage * Tile<DIM>::KEYS + line] * by;
         }
+    }
+}
+
+// Hides what a row does not see. Queries past the end are those of the last row, of zeros, and never written.
+template <u32 DIM>
+__device__ __forceinline__ void hide_scores(const Rows& rows, u32 window, u32 start, Scores<DIM>& scores) {
+    u32 lane = threadIdx.x % WARP, query = threadIdx.x / WARP * 32 + lane / 4;
 #pragma unroll
-        for (u32 j = 0; j < KEYS / 8; j++) {
+    for (u32 row = 0; row < 2 * QUERY_TILES; row++) {
+        u32 own = (query + row * 8) / rows.group;
+        Visible seen(rows.position + (own < rows.count ? own : rows.count - 1), window);
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                u32 line = j * 8 + lane % 4 * 2 + i % 2, key = start + line, row = 2 * tile + i / 2;
-                float& score = scores.value[tile][j][i];
-                if (Kv::IS_SCALED) score *= shared.key_scales[stage * KEYS + line] * by[i / 2];
-                if (is_whole) continue;
-                Visible seen(running.position[row], window);
-                if (key < seen.first || key > seen.last) score = hidden;
-            }
+        for (u32 i = 0; i < Tile<DIM>::KEYS / 4; i++) {
+            u32 key = start + i / 2 * 8 + lane % 4 * 2 + i % 2;
+            float& score = scores.value[row / 2][i / 2][row % 2 * 2 + i % 2];
+            if (key < seen.first || key > seen.last) score = float_of_bits(0xff800000u);
         }
     }
 }
@@ -402,9 +405,7 @@ __device__ __forceinline__ void begin(const Rows& rows, const float* sinks, Runn
     u32 lane = threadIdx.x % WARP;
 #pragma unroll
     for (u32 i = 0; i < 2 * QUERY_TILES; i++) {
-        u32 query = threadIdx.x / WARP * 32 + i * 8 + lane / 4, row = query / rows.group;
-        // Queries past the end are those of the last row, of zeros, and never written.
-        running.position[i] = rows.position + (row < rows.count ? row : rows.count - 1);
+        u32 query = threadIdx.x / WARP * 32 + i * 8 + lane / 4;
         float sink = sinks[rows.kv_head * rows.group + query % rows.group];
         running.largest[i] = sink * LOG2_OF_E;
         running.total[i] = lane % 4 == 0 && sink != float_of_bits(0xff800000u) ? 1.0f : 0.0f;
@@ -468,7 +469,8 @@ template <class Kv, u32 DIM> __device__ __forceinline__ void attend_rows(const P
         Scores<DIM> scores = {};
         score_tile<DIM>(shared, stage, scores);
         bool is_whole = tile * KEYS >= last_row_sees && (tile + 1) * KEYS - 1 <= rows.position;
-        finish_scores<Kv, DIM>(shared, stage, tile * KEYS, in.window, is_whole, running, scores);
+        if (Kv::IS_SCALED) scale_scores<Kv, DIM>(shared, stage, scores);
+        if (!is_whole) hide_scores<DIM>(rows, in.window, tile * KEYS, scores);
         raise<DIM>(running, scores);
         float back[2 * QUERY_TILES];
         scale_powers<Kv, DIM>(shared, stage, scores, back);

@@ -10,7 +10,7 @@
 // TOKENS, nor what stands beside it changes a bit: a prompt's chunks change nothing. The order differs from that of the
 // kernels for generated tokens. On Turing a block's products are summed apart and scaled in f32 (see tensor_core.cuh).
 //
-// Shared memory: SHARED_BYTES_OF, see README.md.
+// How much shared memory that takes says README.md.
 
 #pragma once
 

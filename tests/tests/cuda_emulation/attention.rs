@@ -1,8 +1,9 @@
 //! rope.cu, attention_decode.cu and attention_tile.cuh: rotation, cache, and attention of single tokens, against the CPU's cache and attention.
 
-use bulkhead_worker::engine::kv_cache::{BLOCK_TOKENS, Blocks, KvCache, KvShape, Span};
+use bulkhead_worker::engine::kv_cache::KvCache;
+use bulkhead_worker::engine::pager::{BLOCK_TOKENS, Blocks, KvShape, Span};
 use bulkhead_worker::model::attention::{Heads, LayerAttention};
-use bulkhead_worker::model::batch::{Batch, Row};
+use bulkhead_worker::model::batch::{Batch, Role, Row};
 use bulkhead_worker::quant::cpu::Cpu;
 
 use crate::emulator::{Arg, Buffer, Factors, Fault, Order, Program, Results, Session};
@@ -136,47 +137,47 @@ const FAULTS: [Fault; 22] = [
 ];
 
 /// Layers of the pool, and the one that is used.
-const POOL_LAYERS: usize = 2;
-const POOL_LAYER: usize = 1;
+pub(crate) const POOL_LAYERS: usize = 2;
+pub(crate) const POOL_LAYER: usize = 1;
 
 #[derive(Clone, Copy)]
-struct Case {
-    heads: Heads,
-    window: u32,
-    is_int8: bool,
+pub(crate) struct Case {
+    pub(crate) heads: Heads,
+    pub(crate) window: u32,
+    pub(crate) is_int8: bool,
 }
 
 impl Case {
-    fn row_heads(&self) -> usize {
+    pub(crate) fn row_heads(&self) -> usize {
         self.heads.query + 2 * self.heads.kv
     }
 
-    fn row_len(&self) -> usize {
+    pub(crate) fn row_len(&self) -> usize {
         self.row_heads() * self.heads.dim
     }
 
-    fn block_bytes(&self) -> usize {
+    pub(crate) fn block_bytes(&self) -> usize {
         let dim = self.heads.dim;
         POOL_LAYERS * self.heads.kv * 2 * BLOCK_TOKENS as usize * if self.is_int8 { dim + 4 } else { 2 * dim }
     }
 
-    fn name(&self, kernel: &str) -> String {
+    pub(crate) fn name(&self, kernel: &str) -> String {
         format!("{kernel}_{}", if self.is_int8 { "int8" } else { "bf16" })
     }
 }
 
 /// Two sequences with all their projections, and the rows that are asked for.
-struct Inputs {
+pub(crate) struct Inputs {
     /// Of each row: sequence and position.
-    rows: Vec<(u32, u32)>,
+    pub(crate) rows: Vec<(u32, u32)>,
     qkv: Vec<f32>,
     cosines: Vec<f32>,
     sines: Vec<f32>,
-    sinks: Vec<f32>,
-    asked: Vec<usize>,
+    pub(crate) sinks: Vec<f32>,
+    pub(crate) asked: Vec<usize>,
 }
 
-const LENGTHS: [u32; 2] = [530, 70];
+pub(crate) const LENGTHS: [u32; 2] = [530, 70];
 
 /// How a run is launched: whether rope_write goes before it for the asked rows, and the room for pieces.
 #[derive(Clone, Copy, Debug)]
@@ -186,7 +187,7 @@ struct Way {
     order: Order,
 }
 
-fn inputs(case: &Case, random: &mut Random) -> Inputs {
+pub(crate) fn inputs(case: &Case, random: &mut Random) -> Inputs {
     let rows: Vec<(u32, u32)> = (0..2).flat_map(|s| (0..LENGTHS[s as usize]).map(move |p| (s, p))).collect();
     let half = case.heads.dim / 2;
     let angles: Vec<f32> = rows
@@ -212,7 +213,7 @@ impl Inputs {
     }
 
     /// Rotated queries, rotated keys, values of one row.
-    fn rotated(&self, case: &Case, row: usize) -> [Vec<f32>; 3] {
+    pub(crate) fn rotated(&self, case: &Case, row: usize) -> [Vec<f32>; 3] {
         let (dim, half) = (case.heads.dim, case.heads.dim / 2);
         let own = &self.qkv[row * case.row_len()..(row + 1) * case.row_len()];
         let turn = |head: &[f32]| -> Vec<f32> {
@@ -238,13 +239,13 @@ impl Inputs {
             .expect("three parts")
     }
 
-    fn expected(&self, case: &Case) -> Vec<f32> {
+    pub(crate) fn expected(&self, case: &Case) -> Vec<f32> {
         let span = if case.window == 0 { Span::Full } else { Span::Window(case.window) };
         let shape = KvShape { spans: vec![span], kv_heads: case.heads.kv, head_dim: case.heads.dim };
         let mut cache = KvCache::new(shape, 64, 2, 1024);
         let mut blocks = [Blocks::default(), Blocks::default()];
         for (blocks, length) in blocks.iter_mut().zip(LENGTHS) {
-            cache.reserve(blocks, length).expect("there is room for both");
+            cache.pager.reserve(blocks, length).expect("there is room for both");
         }
         for (row, (sequence, position)) in self.rows.iter().enumerate() {
             let [_, keys, values] = self.rotated(case, row);
@@ -252,7 +253,7 @@ impl Inputs {
         }
         let row = |row: &usize| {
             let (sequence, position) = self.rows[*row];
-            Row { sequence: sequence as usize, position, token: 0 }
+            Row { sequence: sequence as usize, position, token: 0, role: Role::Generated }
         };
         let batch =
             Batch { rows: self.asked.iter().map(row).collect(), blocks: blocks.iter().collect(), outputs: Vec::new() };

@@ -54,6 +54,7 @@ pub(crate) enum Factors {
 #[derive(Debug)]
 pub(crate) struct Program {
     executable: PathBuf,
+    factors: Factors,
     _folder: tempfile::TempDir,
 }
 
@@ -82,7 +83,12 @@ impl Program {
         command.arg(root.join("cuda/launcher.cpp")).arg("-o").arg(&executable);
         let output = command.output().expect("the compiler that answered starts again");
         assert!(output.status.success(), "{source}.cu, {fault:?}: {}", String::from_utf8_lossy(&output.stderr));
-        Some(Program { executable, _folder: folder })
+        Some(Program { executable, factors, _folder: folder })
+    }
+
+    /// How it builds the tensor cores' factors.
+    pub(crate) fn factors(&self) -> Factors {
+        self.factors
     }
 }
 

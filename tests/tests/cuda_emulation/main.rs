@@ -3,9 +3,12 @@
 
 mod attention;
 mod emulator;
+mod matmul;
 mod matvec;
 mod moe;
+mod moe_many;
 mod norm;
+mod prefill;
 mod route;
 mod sample;
 mod support;

@@ -5,11 +5,7 @@ use bulkhead_worker::quant::cpu::Cpu;
 use crate::emulator::{Arg, Factors, Fault, Order, Program, Session};
 use crate::support::{Format, Layer, Random, check_file, compare, descriptors, same_bits, scale_values};
 
-const KERNELS: [&str; 16] = [
-    "matmul_nf4",
-    "matmul_nf4_nested",
-    "matmul_mxfp4",
-    "matmul_bf16",
+const KERNELS: [&str; 12] = [
     "matvec_nf4_8",
     "matvec_nf4_16",
     "matvec_nf4_32",
@@ -168,56 +164,6 @@ fn run(program: &Program, case: &Case, layers: &[Layer], x: &[f32], way: Way) ->
     Ok(session.run(program)?.floats(out))
 }
 
-/// The product for many tokens, which takes 64 at a time.
-fn run_many(program: &Program, case: &Case, layers: &[Layer], x: &[f32], order: Order) -> Result<Vec<f32>, String> {
-    let tokens = (x.len() / case.columns) as u32;
-    let width = case.rows.iter().sum::<usize>() as u32;
-    let mut session = Session::default();
-    let matrices = descriptors(&mut session, layers);
-    let (x, map) = (session.narrow(x), scale_values(&mut session));
-    let out = session.output((tokens * width * 4) as usize);
-    let table = if case.format == Format::Bf16 { 0 } else { 32768 };
-    let arguments = [
-        Arg::At(matrices),
-        Arg::Word(layers.len() as u32),
-        Arg::At(x),
-        Arg::Word(tokens),
-        Arg::Word(case.columns as u32),
-        Arg::At(out),
-        Arg::Word(width),
-        Arg::At(map),
-    ];
-    let size = ([1, tokens.div_ceil(64), 1], 256, table + 1024);
-    session.launch(&format!("matmul_{}", case.format.name()), size, order, &arguments);
-    Ok(session.run(program)?.floats(out))
-}
-
-/// Shapes: x: [tokens, columns], expected: [tokens, width].
-fn check_many(
-    program: &Program,
-    case: &Case,
-    layers: &[Layer],
-    x: &[f32],
-    expected: &[f32],
-    order: Order,
-) -> Result<(), String> {
-    // More than one piece of 64, whose last one is not full.
-    let many: Vec<f32> = x.iter().cycle().take(70 * case.columns).copied().collect();
-    let width = case.rows.iter().sum::<usize>();
-    let found = run_many(program, case, layers, &many, order)?;
-    for (row, found) in found.chunks_exact(width).enumerate() {
-        let start = row % 16 * width;
-        compare(
-            &format!("{:?} many, row {row}", case.format),
-            found,
-            &expected[start..start + width],
-            case.format.tolerance(),
-        )?;
-    }
-    let few = run_many(program, case, layers, &many[..3 * case.columns], order)?;
-    same_bits("3 tokens and 70", &few, &found[..few.len()])
-}
-
 fn check_case(program: &Program, order: Order, case: &Case, random: &mut Random) -> Result<(), String> {
     let [first, second] = case.rows;
     let bias = |random: &mut Random, rows| Some(random.floats(rows, 0.5));
@@ -244,9 +190,6 @@ fn check_case(program: &Program, order: Order, case: &Case, random: &mut Random)
     for (row, (found, expected)) in all.chunks_exact(width).zip(expected.chunks_exact(width)).enumerate() {
         let what = format!("{:?} {:?}x{} row {row}", case.format, case.rows, case.columns);
         compare(&what, found, expected, case.format.tolerance())?;
-    }
-    if case.columns < 1000 {
-        check_many(program, case, &layers, &x, &expected, order)?;
     }
     // Grids with one piece, with unequal shares, and with blocks that have nothing to do; room for all activations, for
     // none, and for the last ones only.

@@ -9,15 +9,7 @@ use crate::emulator::{Arg, Buffer, Factors, Fault, Order, Program, Session, Size
 use crate::matvec::shared_bytes;
 use crate::support::{Format, Layer, Random, check_file, compare, descriptors, same_bits, scale_values};
 
-const KERNELS: [&str; 24] = [
-    "moe_gate_up_nf4_many",
-    "moe_gate_up_nf4_nested_many",
-    "moe_gate_up_mxfp4_many",
-    "moe_gate_up_bf16_many",
-    "moe_down_nf4_many",
-    "moe_down_nf4_nested_many",
-    "moe_down_mxfp4_many",
-    "moe_down_bf16_many",
+const KERNELS: [&str; 16] = [
     "moe_gate_up_nf4_8",
     "moe_gate_up_nf4_16",
     "moe_gate_up_nf4_nested_8",
@@ -66,19 +58,19 @@ const FAULTS: [Fault; 7] = [
     },
 ];
 
-const HIDDEN: usize = 128;
-const INNER: usize = 64;
-const EXPERTS: usize = 37;
-const USED: usize = 3;
-const ACTIVATION: Activation = Activation { alpha: 1.702, limit: 2.0 };
+pub(crate) const HIDDEN: usize = 128;
+pub(crate) const INNER: usize = 64;
+pub(crate) const EXPERTS: usize = 37;
+pub(crate) const USED: usize = 3;
+pub(crate) const ACTIVATION: Activation = Activation { alpha: 1.702, limit: 2.0 };
 
-struct Model {
-    format: Format,
-    router: Linear,
-    experts: Vec<ExpertWeights>,
+pub(crate) struct Model {
+    pub(crate) format: Format,
+    pub(crate) router: Linear,
+    pub(crate) experts: Vec<ExpertWeights>,
 }
 
-fn model(format: Format, random: &mut Random) -> Model {
+pub(crate) fn model(format: Format, random: &mut Random) -> Model {
     let mut linear =
         |rows, cols| Linear { weight: format.random(random, rows, cols), bias: Some(random.floats(rows, 0.3)) };
     let experts =
@@ -94,14 +86,25 @@ fn model(format: Format, random: &mut Random) -> Model {
 }
 
 /// The buffers that a launch of experts reads.
-struct Groups {
-    count: Buffer,
-    experts: Buffer,
-    firsts: Buffer,
-    slots: Buffer,
+pub(crate) struct Groups {
+    pub(crate) count: Buffer,
+    pub(crate) experts: Buffer,
+    pub(crate) firsts: Buffer,
+    pub(crate) slots: Buffer,
 }
 
-fn list(session: &mut Session, experts: &[ExpertWeights], which: impl Fn(&ExpertWeights) -> &Linear) -> Buffer {
+impl Groups {
+    /// The arguments with which the kernels for prompts begin.
+    pub(crate) fn arguments(&self, matrices: Buffer) -> Vec<Arg> {
+        [matrices, self.count, self.experts, self.firsts, self.slots].map(Arg::At).to_vec()
+    }
+}
+
+pub(crate) fn list(
+    session: &mut Session,
+    experts: &[ExpertWeights],
+    which: impl Fn(&ExpertWeights) -> &Linear,
+) -> Buffer {
     let layer = |linear: &Linear| Layer { weight: linear.weight.clone(), bias: linear.bias.clone(), output: 0 };
     let layers: Vec<Layer> = experts.iter().map(|expert| layer(which(expert))).collect();
     descriptors(session, &layers)
@@ -152,8 +155,7 @@ fn groups(session: &mut Session, chosen: &[Vec<(u32, f32)>]) -> Groups {
 /// How a run is launched.
 #[derive(Clone, Copy, Debug)]
 struct Way {
-    /// The kernels' tiles, or none for the ones for many tokens.
-    tiles: Option<u32>,
+    tiles: u32,
     grid: u32,
     stage_columns: u32,
     order: Order,
@@ -172,27 +174,23 @@ fn run(program: &Program, model: &Model, x: &[f32], way: Way) -> Result<Vec<f32>
     let map = scale_values(&mut session);
     let (inner, out) = (session.output(slots * INNER * 2), session.output(slots * HIDDEN * 4));
     let word = |value: usize| Arg::Word(value as u32);
-    let suffix = way.tiles.map_or("many".to_owned(), |tiles| (tiles * 8).to_string());
-    let name = |part| format!("moe_{part}_{}_{suffix}", model.format.name());
-    let pieces = if way.tiles.is_none() { tokens.div_ceil(64) as u32 } else { 1 };
+    let name = |part| format!("moe_{part}_{}_{}", model.format.name(), way.tiles * 8);
     let size = |columns| -> Size {
-        let shared = shared_bytes(model.format, way.tiles.unwrap_or(1), way.stage_columns, columns as u32);
-        ([way.grid, pieces, 1], 256, shared)
+        ([way.grid, 1, 1], 256, shared_bytes(model.format, way.tiles, way.stage_columns, columns as u32))
     };
     let arguments = |matrices: Buffer| {
-        let mut arguments = vec![Arg::At(matrices)];
-        arguments.extend(way.tiles.map(|_| word(EXPERTS)));
-        arguments.extend([groups.count, groups.experts, groups.firsts, groups.slots].map(Arg::At));
+        let mut arguments = vec![Arg::At(matrices), word(EXPERTS)];
+        arguments.extend(groups.arguments(matrices).drain(1..));
         arguments
     };
     let mut gate_up = arguments(gate_up);
     gate_up.extend([Arg::At(narrow), word(USED), word(HIDDEN), word(2 * INNER)]);
     gate_up.extend([Arg::Float(ACTIVATION.alpha), Arg::Float(ACTIVATION.limit), Arg::At(inner), Arg::At(map)]);
-    gate_up.extend(way.tiles.map(|_| Arg::Word(way.stage_columns)));
+    gate_up.push(Arg::Word(way.stage_columns));
     session.launch(&name("gate_up"), size(HIDDEN), way.order, &gate_up);
     let mut down = arguments(down);
     down.extend([Arg::At(inner), word(INNER), word(HIDDEN), Arg::At(out), Arg::At(map)]);
-    down.extend(way.tiles.map(|_| Arg::Word(way.stage_columns)));
+    down.push(Arg::Word(way.stage_columns));
     session.launch(&name("down"), size(INNER), way.order, &down);
 
     let parts = session.run(program)?.floats(out);
@@ -215,25 +213,19 @@ fn check(program: &Program, order: Order) -> Result<(), String> {
             Mixture { cpu: &cpu, router: &model.router, experts: &model.experts, used: USED, activation: ACTIVATION };
         let mut expected = vec![0.0; x.len()];
         mixture.run(&x, &mut expected);
-        let all = run(program, &model, &x, Way { tiles: Some(2), grid: 5, stage_columns: 0, order })?;
+        let all = run(program, &model, &x, Way { tiles: 2, grid: 5, stage_columns: 0, order })?;
         for (token, (found, expected)) in all.chunks_exact(HIDDEN).zip(expected.chunks_exact(HIDDEN)).enumerate() {
             // What lies between the products is rounded to bf16 once more, to 2^-9 of each value.
             compare(&format!("{format:?} token {token}"), found, expected, format.tolerance() + 3e-3)?;
         }
-        // A prompt, and a batch of more tokens than a kernel's tiles hold: one expert serves most of them.
-        let prompt: Vec<f32> = x.iter().cycle().take(90 * HIDDEN).copied().collect();
-        let many = run(program, &model, &prompt, Way { tiles: None, grid: 2, stage_columns: 0, order })?;
-        for (token, found) in many.chunks_exact(HIDDEN).enumerate() {
-            let own = &expected[token % 14 * HIDDEN..][..HIDDEN];
-            compare(&format!("{format:?} prompt token {token}"), found, own, format.tolerance() + 3e-3)?;
-        }
-        let batch =
-            run(program, &model, &prompt[..41 * HIDDEN], Way { tiles: Some(1), grid: 3, stage_columns: 7, order })?;
+        // A batch of more tokens than a kernel's tiles hold: one expert serves most of them.
+        let prompt: Vec<f32> = x.iter().cycle().take(41 * HIDDEN).copied().collect();
+        let batch = run(program, &model, &prompt, Way { tiles: 1, grid: 3, stage_columns: 7, order })?;
         for (token, found) in batch.chunks_exact(HIDDEN).enumerate() {
             same_bits(&format!("{format:?} token {token} of 41"), found, &all[token % 14 * HIDDEN..][..HIDDEN])?;
         }
         for (tokens, grid, stage_columns) in [(1, 3, 1), (4, 40, 4), (8, 2, 1), (8, 1, 8)] {
-            let way = Way { tiles: Some(1), grid, stage_columns, order };
+            let way = Way { tiles: 1, grid, stage_columns, order };
             let part = run(program, &model, &x[..tokens * HIDDEN], way)?;
             same_bits(&format!("{format:?} tokens {tokens} and 14"), &part, &all[..part.len()])?;
         }
