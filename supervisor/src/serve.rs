@@ -211,8 +211,6 @@ fn plan(config: &Config, model_dir: String) -> LoadPlan {
         sequences_max: config.sequences_max,
         kv_bytes: Bytes(0),
         step_delay_ms: config.step_delay_ms,
-        device_budget: Bytes(0),
-        kv_type: KvType::Bf16,
     }
 }
 

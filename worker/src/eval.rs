@@ -267,8 +267,6 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
         device_budget: Bytes(0),
         kv_type: KvType::Bf16,
         step_delay_ms: 0,
-        device_budget: Bytes(0),
-        kv_type: KvType::Bf16,
     };
     let (mut backend, _) = place(config, weights, cpu, &plan, &mut |_, _, _| {})?;
     let mut sequence = Single::new(&mut backend);
