@@ -19,7 +19,7 @@ fn plans_are_the_workers() {
     let arguments = ["--config", config, "--format", "nf4", "--vram", "12", "80", "--context", "8192", "--host", "64"];
     let (code, table, _) = plan(&arguments);
     assert_eq!((code, table.lines().count()), (Some(0), 4), "{table}");
-    assert!(table.contains("the embedding stays in host memory"), "{table}");
+    assert!(table.contains("the embedding on the host"), "{table}");
     let (code, json, _) = plan(&[&arguments[..], &["--json"]].concat());
     let json: Value = serde_json::from_str(&json).expect("is JSON");
     assert_eq!((code, &json["plans"][1]["context_tokens"]), (Some(0), &json!(8192)));

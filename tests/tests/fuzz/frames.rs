@@ -67,7 +67,7 @@ fn from_worker() -> Vec<FromWorker> {
         memory: vec![(MemoryKind::Weights, Bytes(5 << 20)), (MemoryKind::KvCache, Bytes(1 << 30))],
         device: "cpu".into(),
         quantization: "nf4".into(),
-        given_up: vec!["the embedding stays in host memory".into()],
+        given_up: vec!["the embedding on the host".into()],
     };
     let length = Failure::ContextLength { prompt_tokens: 9, max_tokens: 0, context_tokens: 8 };
     let invalid = Failure::Invalid { param: "prompt".into(), detail: "has a token id that does not exist".into() };

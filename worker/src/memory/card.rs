@@ -150,10 +150,10 @@ impl fmt::Display for GivenUp {
         match self {
             GivenUp::Sequences { from, to } => write!(f, "{to} sequences at once instead of {from}"),
             GivenUp::Context { from, to } => write!(f, "a context of {to} tokens instead of {from}"),
-            GivenUp::StepTokens { from, to } => write!(f, "prompts in steps of {to} tokens instead of {from}"),
-            GivenUp::EmbeddingOnHost => write!(f, "the embedding stays in host memory"),
-            GivenUp::ExpertsOnHost { layers, of, bytes } => {
-                write!(f, "the experts of {layers} of {of} layers ({bytes}) stay in host memory")
+            GivenUp::StepTokens { from, to } => write!(f, "prompt steps of {to} tokens instead of {from}"),
+            GivenUp::EmbeddingOnHost => write!(f, "the embedding on the host"),
+            GivenUp::ExpertsOnHost { layers, of, bytes: _ } => {
+                write!(f, "the experts of {layers} of {of} layers on the host")
             }
         }
     }

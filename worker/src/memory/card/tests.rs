@@ -92,13 +92,13 @@ fn each_rung_gives_up_one_thing_more() {
     assert_eq!(plan.full_blocks, 8 * 4096);
     // Less than a whole pool: the embedding, and room to make room.
     let plan = nf4(0, 8, 220).expect("fits");
-    assert_eq!(words(&plan), ["the embedding stays in host memory"]);
+    assert_eq!(words(&plan), ["the embedding on the host"]);
     assert_eq!((plan.context_tokens, plan.step_tokens, plan.sequences), (131_072, 2048, 8));
     assert!((4096..8 * 4096).contains(&plan.full_blocks), "{}", plan.full_blocks);
     assert!(plan.swap.0 > 0);
     // Smaller steps keep the context.
     let plan = nf4(0, 8, 147).expect("fits");
-    assert_eq!(words(&plan), ["the embedding stays in host memory", "prompts in steps of 1024 tokens instead of 2048"]);
+    assert_eq!(words(&plan), ["the embedding on the host", "prompt steps of 1024 tokens instead of 2048"]);
     // Many sequences need room for their attention's parts.
     let plan = nf4(0, 64, 147).expect("fits");
     assert_eq!(plan.given_up.get(2), Some(&GivenUp::Sequences { from: 64, to: 16 }), "{:?}", plan.given_up);
