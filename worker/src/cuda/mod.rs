@@ -14,14 +14,14 @@ pub mod devices;
 pub mod driver;
 mod host_experts;
 pub mod images;
-mod kernels;
+pub mod kernels;
 mod pass;
 pub mod swap;
-mod tables;
+pub mod tables;
 #[expect(unsafe_code, reason = "calls the driver")]
-mod transfer;
-mod upload;
-mod weights;
+pub mod transfer;
+pub mod upload;
+pub mod weights;
 
 use std::fmt;
 use std::sync::Arc;

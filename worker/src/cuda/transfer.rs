@@ -66,12 +66,6 @@ impl Memory {
         self.address + offset
     }
 
-    /// Gives the number of bytes.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     /// Sets every byte to zero, on the stream.
     ///
     /// # Errors
@@ -191,12 +185,6 @@ impl HostBuffer {
     #[must_use]
     pub fn is_pinned(&self) -> bool {
         self.plain.is_none()
-    }
-
-    /// Gives the number of bytes.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.bytes
     }
 
     /// Writes numbers from a place on.

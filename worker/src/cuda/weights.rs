@@ -5,7 +5,6 @@
 //! is only converted (to 16-bit floats) where the file holds floats of another type or order, or an NF4 block size that
 //! the kernels do not know.
 
-use bulkhead_shared::units::Bytes;
 use half::bf16;
 
 use super::driver::Card;
@@ -148,7 +147,8 @@ pub struct CardLayer {
 /// All weights of a card.
 #[derive(Debug)]
 pub struct CardWeights {
-    memory: Memory,
+    /// Holds what the addresses lead to.
+    _memory: Memory,
     /// The layers.
     pub layers: Vec<CardLayer>,
     /// [hidden] f32.
@@ -218,12 +218,6 @@ impl Planned {
         Ok(Planned { layout, layers, final_norm, lm_head, embedding, descriptors_at })
     }
 
-    /// Gives the bytes of the allocation.
-    #[must_use]
-    pub fn bytes(&self) -> Bytes {
-        Bytes(self.layout.bytes)
-    }
-
     /// Gives the forms of all products.
     #[must_use]
     pub fn forms(&self) -> Vec<Form> {
@@ -251,20 +245,12 @@ impl Planned {
         self.layers.iter_mut().for_each(|layer| layer.rebase(base, matrices));
         self.lm_head.rebase(base, matrices);
         Ok(CardWeights {
-            memory,
+            _memory: memory,
             layers: self.layers,
             final_norm: base + self.final_norm,
             lm_head: self.lm_head,
             embedding: self.embedding.map(|at| base + at),
         })
-    }
-}
-
-impl CardWeights {
-    /// Gives the bytes that are held.
-    #[must_use]
-    pub fn bytes(&self) -> Bytes {
-        Bytes(self.memory.bytes())
     }
 }
 
