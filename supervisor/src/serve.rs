@@ -210,7 +210,7 @@ fn plan(config: &Config, model_dir: String) -> LoadPlan {
         context_tokens: config.context_tokens,
         sequences_max: config.sequences_max,
         kv_bytes: Bytes(0),
-        step_delay_ms: config.step_delay_ms,
+        faults: config.faults,
     }
 }
 
