@@ -12,7 +12,7 @@ use bulkhead_tests::fuzz::{Random, mutate, run};
 
 use crate::memory::{alone, bounded};
 
-fn generate() -> Generate {
+pub(crate) fn generate() -> Generate {
     let messages = vec![
         Message::System { text: "Be brief.".into() },
         Message::User { text: "What is the time in Oslo?".into() },
@@ -57,7 +57,7 @@ fn to_worker() -> Vec<ToWorker> {
     ]
 }
 
-fn from_worker() -> Vec<FromWorker> {
+pub(crate) fn from_worker() -> Vec<FromWorker> {
     let id = RequestId(3);
     let call = Piece::ToolCall { index: 0, name: "clock".into(), arguments: "{}".into() };
     let facts = Facts {
