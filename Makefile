@@ -6,13 +6,14 @@ PYTHON ?= python3
 FUZZ_SECONDS ?= 120
 MODEL ?= worker/demo-model/checkpoint
 
-.PHONY: help run build-cuda gpu-pack test bench lint fuzz cuda-check
+.PHONY: help run build-cuda gpu-pack test bench lint fuzz storm cuda-check
 
 help:
 	@echo 'make run    build and serve the built-in model on http://127.0.0.1:8000 until Ctrl-C'
 	@echo 'make test   run every test; a summary comes last'
 	@echo 'make lint   check format, lints, licences and advisories'
 	@echo 'make bench  measure MODEL (now $(MODEL)) beside what the memory of this machine allows'
+	@echo 'make storm  kill workers all the time, in full length, and print what was measured'
 	@echo 'make fuzz   run each fuzz target for FUZZ_SECONDS (now $(FUZZ_SECONDS))'
 	@echo 'make cuda-check  compile the CUDA kernels for six architectures (fetches a compiler)'
 	@echo 'make build-cuda  build everything in release mode, bulkhead-worker-cuda too (needs no card; fetches a compiler)'
@@ -56,6 +57,10 @@ bench:
 fuzz:
 	@$(CARGO) build --workspace --bins
 	BULKHEAD_FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --package bulkhead-tests --test fuzz -- --nocapture
+
+storm:
+	@$(CARGO) build --release --workspace --bins
+	BULKHEAD_STORM=full $(CARGO) test --release --package bulkhead-tests --test storm -- --nocapture --test-threads=1
 
 cuda-check:
 	@$(PYTHON) tests/cuda/check_compile.py

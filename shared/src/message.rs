@@ -128,8 +128,21 @@ pub struct LoadPlan {
     pub device_budget: Bytes,
     /// How keys and values are kept.
     pub kv_type: KvType,
-    /// Slows every step down, for tests; only ever set behind `--allow-faults`. Units: milliseconds.
+    /// What is made worse on purpose.
+    pub faults: Faults,
+}
+
+/// Ways in which a worker is made worse on purpose, for tests; only ever set behind `--allow-faults`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Faults {
+    /// Slows every step down. Units: milliseconds.
     pub step_delay_ms: u32,
+    /// Crashes in the step that computes this token, of a prompt or of an answer.
+    pub die_on_token: Option<u32>,
+    /// Ends as for want of host memory after so many steps.
+    pub oom_after_steps: Option<u32>,
+    /// Stands still after so many steps.
+    pub hang_after_steps: Option<u32>,
 }
 
 /// A device to compute on.

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
-use bulkhead_shared::message::KvType;
+use bulkhead_shared::message::{Faults, KvType};
 use bulkhead_shared::units::Bytes;
 
 use layers::Settings;
@@ -70,6 +70,9 @@ pub(crate) const KEYS: &[Key] = &[
     key("log.level", Kind::Choice(&["error", "warn", "info", "debug", "trace"]), "info", "least level of the log"),
     key("allow_faults", Kind::Flag, "false", "accept the settings under [faults], which make the service worse"),
     key("faults.step_delay_ms", Kind::Number { min: 0, max: 60_000 }, "0", "for tests: slows every step of the model"),
+    key("faults.die_on_token", Kind::Maybe, "", "for tests: token id in whose step the worker crashes [none]"),
+    key("faults.oom_after_steps", Kind::Maybe, "", "for tests: steps after which a worker is out of memory [never]"),
+    key("faults.hang_after_steps", Kind::Maybe, "", "for tests: steps after which a worker stands still [never]"),
 ];
 
 const CONTEXT: Kind = Kind::Number { min: 0, max: CONTEXT_TOKENS_MAX as u64 };
@@ -128,8 +131,8 @@ pub struct Config {
     pub log_format: LogFormat,
     /// The least level of the log.
     pub log_level: LogLevel,
-    /// For tests: milliseconds added to each step.
-    pub step_delay_ms: u32,
+    /// For tests: what is made worse on purpose.
+    pub faults: Faults,
 }
 
 /// Where to compute, as people say it.
@@ -297,10 +300,7 @@ impl Settings {
             let reason = "int8 is for a CUDA card and device is cpu: set it to bf16".to_owned();
             faults.push(self.fault("kv_cache_type", reason));
         }
-        if self.number("faults.step_delay_ms") > 0 && !self.flag("allow_faults") {
-            let reason = "is for tests and is refused without --allow-faults".to_owned();
-            faults.push(self.fault("faults.step_delay_ms", reason));
-        }
+        let asked_faults = self.faults(faults);
         let is_built_in = self.text("model").is_empty();
         let model = self.path("model").unwrap_or_else(paths::demo_model);
         let model_id = match (self.text("model_id"), is_built_in) {
@@ -330,8 +330,29 @@ impl Settings {
             runtime_dir: self.path("runtime_dir").unwrap_or_else(|| paths::runtime_dir(environment)),
             log_format: if self.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Human },
             log_level: LogLevel(self.text("log.level").to_owned()),
-            step_delay_ms: self.small("faults.step_delay_ms"),
+            faults: asked_faults,
         }
+    }
+
+    /// Reads what a test wants to go wrong; it has to say that it means it.
+    fn faults(&self, faults: &mut Vec<Fault>) -> Faults {
+        let asked = Faults {
+            step_delay_ms: self.small("faults.step_delay_ms"),
+            die_on_token: self.maybe("faults.die_on_token"),
+            oom_after_steps: self.maybe("faults.oom_after_steps"),
+            hang_after_steps: self.maybe("faults.hang_after_steps"),
+        };
+        for (is_asked, name) in [
+            (asked.step_delay_ms > 0, "faults.step_delay_ms"),
+            (asked.die_on_token.is_some(), "faults.die_on_token"),
+            (asked.oom_after_steps.is_some(), "faults.oom_after_steps"),
+            (asked.hang_after_steps.is_some(), "faults.hang_after_steps"),
+        ] {
+            if is_asked && !self.flag("allow_faults") {
+                faults.push(self.fault(name, "is for tests and is refused without --allow-faults".to_owned()));
+            }
+        }
+        asked
     }
 
     fn check<T>(

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
-use crate::child::Status;
 use crate::child::lifecycle::State;
+use crate::child::{Control, Status};
 use crate::device::Devices;
 use crate::limits::SLUGGISH_AFTER;
+use crate::metrics::{Metrics, Now};
 use crate::tickets::Tickets;
 
 /// A model, its names and its child.
@@ -24,7 +25,18 @@ pub struct Fleet {
     pub created: u64,
     /// The requests for it.
     pub tickets: Arc<Tickets>,
-    status: watch::Receiver<Status>,
+    seen: Seen,
+}
+
+/// What the fleet sees of a model's child, and how it speaks to it.
+#[derive(Debug)]
+pub struct Seen {
+    /// What is known about the child.
+    pub status: watch::Receiver<Status>,
+    /// What people want of it.
+    pub controls: mpsc::Sender<Control>,
+    /// What is counted of it and its requests.
+    pub metrics: Arc<Metrics>,
 }
 
 /// A client asked for a model that is not here.
@@ -53,15 +65,9 @@ pub enum Health {
 impl Fleet {
     /// Takes on a model.
     #[must_use]
-    pub fn new(
-        model_id: String,
-        aliases: Vec<String>,
-        devices: Devices,
-        status: watch::Receiver<Status>,
-        tickets: Arc<Tickets>,
-    ) -> Fleet {
+    pub fn new(model_id: String, aliases: Vec<String>, devices: Devices, seen: Seen, tickets: Arc<Tickets>) -> Fleet {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        Fleet { model_id, aliases, devices, created, tickets, status }
+        Fleet { model_id, aliases, devices, created, tickets, seen }
     }
 
     /// Finds the model of a name; without a name, the default one.
@@ -81,13 +87,42 @@ impl Fleet {
     /// Gives what is known about the child now.
     #[must_use]
     pub fn status(&self) -> Status {
-        self.status.borrow().clone()
+        self.seen.status.borrow().clone()
+    }
+
+    /// Tells the child what people want. False when it is gone or takes nothing.
+    #[must_use]
+    pub fn control(&self, control: Control) -> bool {
+        self.seen.controls.try_send(control).is_ok()
+    }
+
+    /// Gives a handle that sees each change of the child.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<Status> {
+        self.seen.status.clone()
+    }
+
+    /// Writes the metrics in Prometheus' text format.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        let status = self.status();
+        let (running, waiting) = self.tickets.lengths();
+        let blocks = status.facts.as_ref().map(|facts| (facts.blocks, status.blocks_free));
+        self.seen.metrics.text(&Now {
+            model: self.model_id.clone(),
+            running,
+            waiting,
+            incarnation: status.incarnation,
+            is_up: status.state == State::Running,
+            blocks,
+            memory: status.facts.map_or_else(Vec::new, |facts| facts.memory),
+        })
     }
 
     /// Judges the service.
     #[must_use]
     pub fn health(&self, now: Instant) -> Health {
-        let status = self.status.borrow();
+        let status = self.seen.status.borrow();
         let last_end = || status.last_end.as_ref().map_or(String::new(), |end| format!("; the last one {end}"));
         match status.state {
             State::Running => {

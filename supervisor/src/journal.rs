@@ -1,10 +1,12 @@
 //! What one running request has produced so far.
 //!
 //! Owns: the token ids and the text of the answer, and how it ended. The link writes, one reader (the HTTP answer) follows
-//! by a cursor and is woken; neither waits for the other, so a client that reads slowly costs the memory of its own
-//! answer and nothing else. Invariants: nothing is written behind an end; there is exactly one end; what was read once is
-//! not read again. The token ids stay: they are what a later worker would be given to continue from.
+//! by a cursor and is woken; neither waits for the other. How much is unread is known, so that the sequence of a client
+//! that reads slowly can be stopped, and nobody else's. Invariants: nothing is written behind an end; there is exactly one end; what was read once is
+//! not read again; tokens and their text are written together, so that a later worker, which is given the token ids to
+//! continue from, says neither too much nor too little.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bulkhead_shared::message::{Failure, FinishReason, Piece, Usage};
@@ -24,8 +26,8 @@ pub enum End {
     },
     /// The worker refused or gave up.
     Failed(Failure),
-    /// The worker that ran it ended.
-    Lost(Cause),
+    /// It ended the workers that ran it, for this reason at last.
+    Quarantined(Cause),
     /// Its deadline passed.
     TimedOut,
     /// No worker will come to run it.
@@ -34,6 +36,24 @@ pub enum End {
     ShuttingDown,
     /// It does not fit a frame, which the limits on bodies rule out.
     Unsendable,
+}
+
+impl End {
+    /// Gives the word for metrics.
+    #[must_use]
+    pub const fn label(&self) -> &'static str {
+        match self {
+            End::Done { .. } => "done",
+            End::Failed(Failure::ContextLength { .. }) => "context_length",
+            End::Failed(Failure::Invalid { .. }) => "invalid",
+            End::Failed(Failure::Cancelled) => "cancelled",
+            End::Quarantined(_) => "quarantined",
+            End::TimedOut => "timed_out",
+            End::Unserved => "unserved",
+            End::ShuttingDown => "shutting_down",
+            End::Unsendable => "unsendable",
+        }
+    }
 }
 
 /// What a reader gets: everything since it last asked.
@@ -62,38 +82,77 @@ pub struct Cursor {
 pub struct Journal {
     state: Mutex<Written>,
     changed: Notify,
+    /// Whether no worker goes on until the reader has caught up.
+    is_held: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Written {
-    is_accepted: bool,
+    /// What the first worker said of the prompt: how many of its tokens needed no computation.
+    accepted: Option<u32>,
     tokens: Vec<u32>,
     pieces: Vec<Piece>,
+    text_bytes: usize,
+    /// How many of them the reader has taken.
+    read_bytes: usize,
     end: Option<End>,
 }
 
 impl Journal {
-    /// Notes that the worker has accepted the prompt.
-    pub(crate) fn accept(&self) {
-        self.write(|written| written.is_accepted = true);
+    /// Notes that a worker has accepted the prompt, and how many of its tokens it knew. Only the first one counts: true for
+    /// that.
+    pub(crate) fn accept(&self, cached_tokens: u32) -> bool {
+        let mut is_first = false;
+        self.write(|written| {
+            is_first = written.accepted.is_none();
+            written.accepted.get_or_insert(cached_tokens);
+        });
+        is_first
     }
 
     /// Adds what a worker has produced.
     pub(crate) fn add(&self, tokens: &[u32], pieces: Vec<Piece>) {
         self.write(|written| {
             written.tokens.extend_from_slice(tokens);
+            written.text_bytes += pieces.iter().map(text_bytes).sum::<usize>();
             pieces.into_iter().for_each(|piece| append(&mut written.pieces, piece));
         });
     }
 
-    /// Ends the journal. Only the first end counts.
-    pub(crate) fn end(&self, end: End) {
-        self.write(|written| written.end = Some(end));
+    /// Counts the bytes of text that the reader has not taken.
+    pub(crate) fn unread_bytes(&self) -> usize {
+        let written = self.lock();
+        written.text_bytes - written.read_bytes
+    }
+
+    /// Says whether no worker goes on until the reader has caught up.
+    pub(crate) fn is_held(&self) -> bool {
+        self.is_held.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn set_held(&self, is_held: bool) {
+        self.is_held.store(is_held, Ordering::SeqCst);
+    }
+
+    /// Ends the journal. Only the first end counts. What the first worker said of the prompt stays true to the end.
+    pub(crate) fn end(&self, mut end: End) {
+        self.write(|written| {
+            if let (End::Done { usage, .. }, Some(cached_tokens)) = (&mut end, written.accepted) {
+                usage.cached_tokens = cached_tokens;
+            }
+            written.end = Some(end);
+        });
     }
 
     /// Counts the tokens so far.
     pub(crate) fn tokens(&self) -> usize {
         self.lock().tokens.len()
+    }
+
+    /// Gives what another worker needs to go on: the tokens so far, and the bytes of text that they made.
+    pub(crate) fn so_far(&self) -> (Vec<u32>, usize) {
+        let written = self.lock();
+        (written.tokens.clone(), written.text_bytes)
     }
 
     /// Waits for news and takes it. For one reader at a time.
@@ -110,14 +169,16 @@ impl Journal {
     }
 
     fn take(&self, cursor: &mut Cursor) -> Option<News> {
-        let written = self.lock();
-        let is_newly_accepted = written.is_accepted && !cursor.has_acceptance;
+        let mut written = self.lock();
+        let is_accepted = written.accepted.is_some();
+        let is_newly_accepted = is_accepted && !cursor.has_acceptance;
         let pieces = take_pieces(&written.pieces, cursor);
         if pieces.is_empty() && written.end.is_none() && !is_newly_accepted {
             return None;
         }
-        cursor.has_acceptance = written.is_accepted;
-        Some(News { is_accepted: written.is_accepted, pieces, end: written.end.clone() })
+        cursor.has_acceptance = is_accepted;
+        written.read_bytes = written.text_bytes;
+        Some(News { is_accepted, pieces, end: written.end.clone() })
     }
 
     fn write(&self, change: impl FnOnce(&mut Written)) {
@@ -132,6 +193,14 @@ impl Journal {
     /// A panic while the lock was held ended one request; what was written before is whole.
     fn lock(&self) -> MutexGuard<'_, Written> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Counts the bytes that a piece carries.
+fn text_bytes(piece: &Piece) -> usize {
+    match piece {
+        Piece::Reasoning(text) | Piece::Content(text) => text.len(),
+        Piece::ToolCall { name, arguments, .. } => name.len() + arguments.len(),
     }
 }
 
@@ -185,7 +254,8 @@ mod tests {
         let journal = Journal::default();
         let mut cursor = Cursor::default();
         assert_eq!(journal.take(&mut cursor), None);
-        journal.accept();
+        assert!(journal.accept(7));
+        assert!(!journal.accept(9));
         assert_eq!(journal.take(&mut cursor), Some(News { is_accepted: true, ..News::default() }));
         assert_eq!(journal.take(&mut cursor), None);
         journal.add(&[1], vec![Piece::Reasoning("a".into()), content("b")]);
@@ -197,7 +267,9 @@ mod tests {
         let news = journal.take(&mut cursor).expect("there is news");
         assert_eq!(news.pieces, [content("d"), call(0), call(1), content("e")]);
         assert_eq!(journal.take(&mut cursor), None);
-        assert_eq!(journal.tokens(), 4);
+        assert_eq!((journal.tokens(), journal.unread_bytes()), (4, 0));
+        journal.add(&[5], vec![content("fgh")]);
+        assert_eq!(journal.unread_bytes(), 3);
     }
 
     #[test]
@@ -209,6 +281,21 @@ mod tests {
         assert_eq!(journal.take(&mut cursor), None);
         journal.add(&[2], vec![call(1)]);
         assert_eq!(journal.take(&mut cursor).expect("there is news").pieces, [call(1)]);
+    }
+
+    #[test]
+    fn what_another_worker_needs_is_kept_whole() {
+        let journal = Journal::default();
+        journal.accept(3);
+        journal.add(&[5, 6], vec![content("ab"), call(0)]);
+        journal.add(&[7], Vec::new());
+        journal.accept(0);
+        assert_eq!(journal.so_far(), (vec![5, 6, 7], 2 + "f{}".len()));
+        let usage =
+            |cached_tokens| Usage { prompt_tokens: 9, cached_tokens, completion_tokens: 3, reasoning_tokens: 0 };
+        journal.end(End::Done { reason: FinishReason::Stop, usage: usage(0) });
+        let end = journal.take(&mut Cursor::default()).expect("there is news").end;
+        assert_eq!(end, Some(End::Done { reason: FinishReason::Stop, usage: usage(3) }));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod blame;
 pub mod child;
 pub mod config;
 pub mod device;
@@ -14,6 +15,7 @@ pub mod http;
 pub mod journal;
 mod limits;
 pub mod logging;
+pub mod metrics;
 pub mod nvml;
 pub mod queue;
 mod random;

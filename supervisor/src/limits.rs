@@ -31,6 +31,10 @@ pub(crate) const CHILD_MESSAGES_MAX: usize = 64;
 /// Bytes of text in the answer to one request, at most: a worker that sends more is lying.
 pub(crate) const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
 
+/// Bytes of text of one answer that wait for its reader, at most: beyond, its sequence stops until the reader has caught up.
+/// The last step before that may add one message.
+pub(crate) const UNREAD_BYTES_MAX: usize = 256 * 1024;
+
 /// Bytes of one line of a worker's standard error; what is longer is logged in parts.
 pub(crate) const STDERR_LINE_BYTES_MAX: usize = 4096;
 
@@ -58,6 +62,9 @@ pub(crate) const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// Deaths in a row without a delivered token after which a worker is given up.
 pub(crate) const DEATHS_MAX: u32 = 5;
 
+/// Time for which a worker has to have been ready before its plan is taken back up by a rung.
+pub(crate) const HEALTHY_SPELL: Duration = Duration::from_secs(600);
+
 /// Kills from outside in a row, before the worker was running, after which it is given up.
 pub(crate) const START_KILLS_MAX: u32 = 20;
 
@@ -76,6 +83,15 @@ pub(crate) const MEMORY_POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Time for the driver to take back the memory of an ended worker.
 pub(crate) const MEMORY_WAIT_MAX: Duration = Duration::from_secs(5);
 
+/// Lines of the log that are kept in memory, at most.
+pub(crate) const LOG_LINES_MAX: usize = 1000;
+
+/// Bytes of one line of the log that are kept in memory, at most.
+pub(crate) const LOG_LINE_BYTES_MAX: usize = 8 * 1024;
+
+/// Time for a worker to do what people want of it, before they are told how far it is.
+pub(crate) const ADMIN_ACTION_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Bytes of one line on the admin socket, at most.
 pub(crate) const ADMIN_LINE_BYTES_MAX: usize = 64 * 1024;
 
@@ -89,4 +105,5 @@ const _: () = assert!(PROBE_TIMEOUT.as_millis() + MEMORY_WAIT_MAX.as_millis() < 
 const _: () = assert!(DRAIN_BYTES_MAX > BODY_BYTES_MAX);
 const _: () = assert!(ANSWER_BYTES_MAX > DELTA_TEXT_BYTES_MAX);
 const _: () = assert!(BACKOFF_MIN.as_millis() < BACKOFF_MAX.as_millis());
+const _: () = assert!(STDERR_LINE_BYTES_MAX < LOG_LINE_BYTES_MAX);
 const _: () = assert!(ADMIN_CONNECTIONS_MAX + CONNECTIONS_MAX < 1024);

@@ -35,12 +35,12 @@ fn main() -> ExitCode {
         print!("{}", loaded.listing());
         return ExitCode::SUCCESS;
     }
-    logging::start(loaded.config.log_format, &loaded.config.log_level);
+    let recent = logging::start(loaded.config.log_format, &loaded.config.log_level);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return refuse(&format!("cannot start threads: {error}")),
     };
-    let ended = runtime.block_on(serve::serve(loaded));
+    let ended = runtime.block_on(serve::serve(loaded, recent));
     runtime.shutdown_background();
     match ended {
         Ok(Ended::InOrder) => ExitCode::SUCCESS,

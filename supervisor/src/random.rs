@@ -7,9 +7,15 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+
+/// Gives a number that stands for these bytes as long as the process lives, and tells nothing about them.
+pub(crate) fn hash(bytes: &[u8]) -> u64 {
+    KEYS.hash_one(bytes)
+}
+
 /// Gives 64 random bits.
 pub(crate) fn bits() -> u64 {
-    static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     KEYS.hash_one(COUNTER.fetch_add(1, Ordering::Relaxed))
 }

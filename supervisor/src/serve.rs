@@ -8,21 +8,24 @@ use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
 use bulkhead_shared::message::{DeviceChoice, LoadPlan};
 use bulkhead_shared::units::Bytes;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
+use crate::admin::command::Desk;
 use crate::admin::server::AdminSocket;
 use crate::admin::{self, AdminError};
-use crate::child;
 use crate::child::lifecycle::Settings;
 use crate::child::spawn::Spawner;
+use crate::child::{self, Control};
 use crate::config::paths::{self, PathError};
 use crate::config::{Config, Loaded};
 use crate::device::{Answer, Devices, Programs, Refused};
-use crate::fleet::Fleet;
+use crate::fleet::{self, Fleet};
 use crate::http;
 use crate::limits::{BACKOFF_MAX, BACKOFF_MIN, DEATHS_MAX, START_KILLS_MAX, START_TIMEOUT, STOP_TIMEOUT};
+use crate::logging::Recent;
+use crate::metrics::Metrics;
 use crate::queue::Bounds;
 use crate::shutdown::{Budget, Signals};
 use crate::tickets::Tickets;
@@ -74,11 +77,11 @@ pub enum Ended {
     AtOnce,
 }
 
-/// Runs the supervisor until a signal ends it.
+/// Runs the supervisor until a signal ends it. `recent` is what `bulkheadctl tail` shows.
 ///
 /// # Errors
 /// `StartError` when it cannot start; nothing is left behind then.
-pub async fn serve(loaded: Loaded) -> Result<Ended, StartError> {
+pub async fn serve(loaded: Loaded, recent: Arc<Recent>) -> Result<Ended, StartError> {
     let Loaded { config, warnings, .. } = loaded;
     let doors = Doors::open(&config).await?;
     let mut signals = Signals::new().map_err(|source| StartError::System { what: "take over signals", source })?;
@@ -86,7 +89,7 @@ pub async fn serve(loaded: Loaded) -> Result<Ended, StartError> {
     warnings.iter().for_each(|warning| warn!("{warning}"));
     let shutdown_timeout = config.shutdown_timeout;
     let devices = doors.devices.clone();
-    let running = Running::start(config, doors);
+    let running = Running::start(config, doors, recent);
 
     let name = tokio::select! {
         name = signals.next() => name,
@@ -143,7 +146,7 @@ impl Doors {
 /// The tasks of a running supervisor and the handles that end them.
 struct Running {
     tickets: Arc<Tickets>,
-    child_stop: Arc<Notify>,
+    controls: mpsc::Sender<Control>,
     child: JoinHandle<()>,
     closing: watch::Sender<bool>,
     http: JoinHandle<()>,
@@ -154,21 +157,23 @@ struct Running {
 }
 
 impl Running {
-    fn start(config: Config, doors: Doors) -> Running {
-        let tickets = Tickets::new(bounds(&config), config.request_timeout);
+    fn start(config: Config, doors: Doors, recent: Arc<Recent>) -> Running {
+        let metrics = Arc::new(Metrics::default());
+        let tickets = Tickets::new(bounds(&config), config.request_timeout, metrics.clone());
         let plan = plan(&config, doors.model_dir);
         let child = child::start(doors.spawner.clone(), plan, settings(&config));
-        let fleet = Fleet::new(config.model_id, config.aliases, doors.devices, child.status, tickets.clone());
+        let seen = fleet::Seen { status: child.status, controls: child.controls.clone(), metrics };
+        let fleet = Fleet::new(config.model_id, config.aliases, doors.devices, seen, tickets.clone());
         let fleet = Arc::new(fleet);
         let router = http::router(fleet.clone(), doors.address);
         let (admin_open, is_open) = mpsc::channel::<()>(1);
         Running {
-            child_stop: child.stop,
+            controls: child.controls,
             child: tokio::spawn(tickets.clone().run(child.commands, child.reports)),
             closing: doors.closing,
             http: tokio::spawn(http::server::serve(doors.listener, router, doors.is_closing)),
             admin_open,
-            admin: tokio::spawn(doors.admin.serve(fleet, is_open)),
+            admin: tokio::spawn(doors.admin.serve(Desk { fleet, recent }, is_open)),
             tickets,
             _spawner: doors.spawner,
         }
@@ -181,7 +186,8 @@ impl Running {
             warn!("requests are still running and are ended");
         }
         self.tickets.end_all();
-        self.child_stop.notify_one();
+        // A child that is gone needs no word; one that does not take it is left behind in time.
+        let _ = self.controls.try_send(Control::End);
         // The last answers leave before their connections are closed.
         self.closing.send_replace(true);
         let both = async { tokio::join!(self.child, self.http) };
@@ -196,7 +202,8 @@ impl Running {
 
 fn bounds(config: &Config) -> Bounds {
     let running_max = (config.sequences_max as usize + REQUESTS_AHEAD).min(WORKER_REQUESTS_MAX);
-    Bounds { running_max, waiting_max: config.queue_max, bytes_max: config.queue_bytes_max }
+    let step_max = config.sequences_max as usize;
+    Bounds { step_max, running_max, waiting_max: config.queue_max, bytes_max: config.queue_bytes_max }
 }
 
 fn plan(config: &Config, model_dir: String) -> LoadPlan {
@@ -210,7 +217,7 @@ fn plan(config: &Config, model_dir: String) -> LoadPlan {
         context_tokens: config.context_tokens,
         sequences_max: config.sequences_max,
         kv_bytes: Bytes(0),
-        step_delay_ms: config.step_delay_ms,
+        faults: config.faults,
     }
 }
 

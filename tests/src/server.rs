@@ -245,6 +245,35 @@ impl Server {
         self.get("/health").json().expect("the health report is JSON")
     }
 
+    /// Reads a metric that has the model's name as its only label.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    #[must_use]
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        let values = self.metrics(name);
+        values.into_iter().find(|(labels, _)| !labels.contains(',')).map(|(_, value)| value)
+    }
+
+    /// Adds up a metric over all of its labels.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    #[must_use]
+    pub fn metric_sum(&self, name: &str) -> f64 {
+        self.metrics(name).iter().map(|(_, value)| value).sum()
+    }
+
+    /// Reads the lines of a metric: labels and value.
+    fn metrics(&self, name: &str) -> Vec<(String, f64)> {
+        let text = self.get("/metrics").text().expect("metrics are text");
+        let lines = text.lines().filter_map(|line| {
+            let (labels, value) = line.strip_prefix(name)?.strip_prefix('{')?.rsplit_once("} ")?;
+            Some((labels.to_owned(), value.parse().expect("a metric is a number")))
+        });
+        lines.collect()
+    }
+
     /// Sends a GET request.
     ///
     /// # Panics

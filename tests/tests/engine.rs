@@ -5,13 +5,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use bulkhead_shared::generate::Sampling;
 use bulkhead_shared::message::{Failure, FinishReason, FromWorker, Piece, Usage};
 use bulkhead_shared::units::RequestId;
 use bulkhead_worker::checkpoint::Checkpoint;
 use bulkhead_worker::engine::backend::{Backend, StepTokens};
+use bulkhead_worker::engine::faults::Faults;
 use bulkhead_worker::engine::kv_cache::KvCache;
 use bulkhead_worker::engine::pager::KvShape;
 use bulkhead_worker::engine::sampler::Sampler;
@@ -86,7 +86,7 @@ fn run(model: &Model, blocks: u32, starts: Vec<Start>, mut watch: impl FnMut(&Fr
     let (sequence_sender, sequences) = crossbeam_channel::bounded(64);
     // No frame waits unread, so that what `watch` does comes before the next step but one.
     let (outbox, frames) = crossbeam_channel::bounded(0);
-    let limits = EngineLimits { sequences_max: count, step_delay: Duration::ZERO };
+    let limits = EngineLimits { sequences_max: count, faults: Faults::default() };
     let engine =
         Engine::new(Backend::cpu(Arc::clone(&model.decoder), cache), limits, Arc::clone(&status), (sequences, outbox));
     for start in starts {

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
-use bulkhead_shared::message::{DeviceChoice, Facts, KvType, LoadPlan, MemoryKind};
+use bulkhead_shared::message::{DeviceChoice, Facts, Faults, KvType, LoadPlan, MemoryKind};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, value_parser};
 
@@ -195,7 +195,7 @@ fn plan(args: &BenchArgs, context_tokens: u32) -> Result<LoadPlan, BenchError> {
         kv_bytes: Bytes(0),
         device_budget: args.device_memory,
         kv_type: KvType::Bf16,
-        step_delay_ms: 0,
+        faults: Faults::default(),
     })
 }
 

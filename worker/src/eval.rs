@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bulkhead_shared::message::{DeviceChoice, KvType, LoadPlan};
+use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum};
 use safetensors::tensor::TensorView;
@@ -266,7 +266,7 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
         kv_bytes: Bytes(0),
         device_budget: Bytes(0),
         kv_type: KvType::Bf16,
-        step_delay_ms: 0,
+        faults: Faults::default(),
     };
     let (mut backend, _) = place(config, weights, cpu, &plan, &mut |_, _, _| {})?;
     let mut sequence = Single::new(&mut backend);

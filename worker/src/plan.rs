@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
-use bulkhead_shared::message::{DeviceChoice, KvType, LoadPlan, device_budget};
+use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan, device_budget};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum, value_parser};
 use serde::Serialize;
@@ -153,7 +153,7 @@ fn wishes(args: &PlanArgs, context_tokens: u32) -> LoadPlan {
             KvChoice::Bf16 => KvType::Bf16,
             KvChoice::Int8 => KvType::Int8,
         },
-        step_delay_ms: 0,
+        faults: Faults::default(),
     }
 }
 

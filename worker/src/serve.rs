@@ -18,6 +18,7 @@ use crossbeam_channel::Sender;
 use tracing::{error, info, warn};
 
 use crate::engine::backend::Backend;
+use crate::engine::faults::Faults;
 use crate::engine::intake::{Arrival, Intake};
 use crate::engine::{Engine, EngineError, EngineLimits, Status};
 use crate::ipc::{self, Inbound, LinkError};
@@ -71,6 +72,7 @@ impl ServeError {
             ServeError::Thread(_) => WorkerExit::OutOfHostMemory,
             ServeError::Engine(EngineError::NonFinite(_)) => WorkerExit::NonFinite,
             ServeError::Engine(EngineError::Device(error)) => error.exit(),
+            ServeError::Engine(EngineError::Fault(_)) => WorkerExit::OutOfHostMemory,
         }
     }
 }
@@ -108,9 +110,9 @@ pub fn run(proof: &Sandboxed, device: DeviceChoice) -> Result<(), ServeError> {
             return Err(error);
         }
     };
-    let step_delay = Duration::from_millis(u64::from(plan.step_delay_ms));
+    let faults = Faults::new(plan.faults);
     let outbox = outbound.outbox;
-    Running::start(prepared, step_delay, &inbound, &outbox)?.read_until_end(&mut inbound, &outbox)
+    Running::start(prepared, faults, &inbound, &outbox)?.read_until_end(&mut inbound, &outbox)
 }
 
 fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Prepared, ServeError> {
@@ -153,7 +155,7 @@ struct Running {
 impl Running {
     fn start(
         prepared: Prepared,
-        step_delay: Duration,
+        faults: Faults,
         inbound: &Inbound,
         outbox: &Sender<FromWorker>,
     ) -> Result<Running, ServeError> {
@@ -161,7 +163,7 @@ impl Running {
         let (arrivals, arrived) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
         prepared.intake.start(&arrived, &sequence_sender, outbox).map_err(ServeError::Thread)?;
         let status = Arc::new(Status::default());
-        let limits = EngineLimits { sequences_max: prepared.sequences_max, step_delay };
+        let limits = EngineLimits { sequences_max: prepared.sequences_max, faults };
         let channels = (sequences, outbox.clone());
         let progress = prepared.backend.progress();
         let engine = Engine::new(prepared.backend, limits, Arc::clone(&status), channels);

@@ -7,15 +7,16 @@ use std::sync::Arc;
 use std::{fs, io};
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
+use super::command::{self, Desk, Order};
 use super::{AdminError, LOCK, SOCKET};
-use crate::fleet::Fleet;
-use crate::http;
 use crate::limits::{ADMIN_CONNECTIONS_MAX, ADMIN_LINE_BYTES_MAX, ADMIN_TIMEOUT};
+use crate::logging::Recent;
 
 /// The open socket, with the lock that makes it ours.
 #[derive(Debug)]
@@ -54,12 +55,14 @@ pub fn open(folder: &Path) -> Result<AdminSocket, AdminError> {
 }
 
 impl AdminSocket {
-    /// Serves until the other end of `open` is dropped, then removes the socket.
-    pub async fn serve(self, fleet: Arc<Fleet>, mut open: mpsc::Receiver<()>) {
+    /// Serves until the other end of `open` is dropped, then ends its connections and removes the socket.
+    pub(crate) async fn serve(self, desk: Desk, mut open: mpsc::Receiver<()>) {
         let places = Arc::new(Semaphore::new(ADMIN_CONNECTIONS_MAX));
+        let mut connections = JoinSet::new();
         loop {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
+                Some(_) = connections.join_next() => continue,
                 _ = open.recv() => break,
             };
             let stream = match accepted {
@@ -72,10 +75,11 @@ impl AdminSocket {
             };
             // Beyond the bound the connection is closed at once.
             let Ok(place) = places.clone().try_acquire_owned() else { continue };
-            let fleet = fleet.clone();
-            tokio::spawn(async move {
-                let answered = tokio::time::timeout(ADMIN_TIMEOUT, answer(stream, &fleet)).await;
-                debug!(in_time = answered.is_ok(), "admin connection ended");
+            let desk = desk.clone();
+            connections.spawn(async move {
+                if let Err(error) = answer(stream, &desk).await {
+                    debug!(%error, "admin connection ended early");
+                }
                 drop(place);
             });
         }
@@ -85,7 +89,7 @@ impl AdminSocket {
     }
 }
 
-async fn answer(mut stream: UnixStream, fleet: &Fleet) -> io::Result<()> {
+async fn answer(mut stream: UnixStream, desk: &Desk) -> io::Result<()> {
     let peer = stream.peer_cred()?.uid();
     if peer != 0 && peer != nix::unistd::geteuid().as_raw() {
         warn!(peer, "another user tried the admin socket");
@@ -94,25 +98,37 @@ async fn answer(mut stream: UnixStream, fleet: &Fleet) -> io::Result<()> {
     let (read_half, mut write_half) = stream.split();
     let mut line = Vec::new();
     let limit = ADMIN_LINE_BYTES_MAX as u64;
-    BufReader::new(read_half).take(limit).read_until(b'\n', &mut line).await?;
-    let mut reply = reply(&line, fleet).to_string().into_bytes();
-    reply.push(b'\n');
-    write_half.write_all(&reply).await
+    let mut reader = BufReader::new(read_half).take(limit);
+    in_time(reader.read_until(b'\n', &mut line)).await?;
+    match command::read(&line) {
+        Ok(Order::Follow { lines }) => follow(&mut write_half, &desk.recent, lines).await,
+        Ok(order) => {
+            let result = desk.carry_out(order).await;
+            write(&mut write_half, &result).await
+        }
+        Err(error) => write(&mut write_half, &Err(error)).await,
+    }
 }
 
-fn reply(line: &[u8], fleet: &Fleet) -> Value {
-    let request: Value = match serde_json::from_slice(line) {
-        Ok(request) => request,
-        Err(error) => return json!({"ok": false, "error": format!("the request is no line of JSON: {error}")}),
-    };
-    match request["command"].as_str() {
-        Some("status") => {
-            let (running, waiting) = fleet.tickets.lengths();
-            let queue = json!({"running": running, "waiting": waiting});
-            let result = json!({"workers": [http::worker(fleet)], "queue": queue, "pid": std::process::id()});
-            json!({"ok": true, "result": result})
-        }
-        Some(other) => json!({"ok": false, "error": format!("unknown command {other:?}")}),
-        None => json!({"ok": false, "error": "the request has no command"}),
+/// Sends the last lines of the log, and then what is added, until the other side is gone.
+async fn follow(stream: &mut (impl AsyncWrite + Unpin), recent: &Recent, lines: u64) -> io::Result<()> {
+    let mut next = recent.last(lines);
+    loop {
+        let (lines, after) = recent.since(next);
+        write(stream, &Ok(json!({"lines": lines}))).await?;
+        next = after;
+        recent.wait_for(next).await;
     }
+}
+
+async fn write(stream: &mut (impl AsyncWrite + Unpin), result: &Result<Value, String>) -> io::Result<()> {
+    let reply = match result {
+        Ok(result) => json!({"ok": true, "result": result}),
+        Err(error) => json!({"ok": false, "error": error}),
+    };
+    in_time(stream.write_all(format!("{reply}\n").as_bytes())).await
+}
+
+async fn in_time<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    tokio::time::timeout(ADMIN_TIMEOUT, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

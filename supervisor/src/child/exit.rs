@@ -7,6 +7,8 @@ use std::process::ExitStatus;
 use bulkhead_shared::exit::WorkerExit;
 use nix::sys::signal::Signal;
 
+use super::oom::Sign;
+
 /// Why the supervisor killed an incarnation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KillReason {
@@ -64,25 +66,108 @@ pub enum Cause {
     },
     /// A SIGKILL that nobody here sent.
     KilledFromOutside,
+    /// The kernel killed it for want of memory, by the counter of its own control group.
+    OutOfMemory,
+    /// A SIGKILL that nobody here sent, while the machine's kernel killed some process for want of memory.
+    SuspectedOutOfMemory,
     /// The supervisor killed it.
     Killed(KillReason),
 }
 
 impl Cause {
-    /// Tells the cause from the wait status and from the reason for which the supervisor had killed it, if it had.
+    /// Tells the cause from the wait status, from the reason for which the supervisor had killed it, if it had, and from
+    /// the kernel's counters.
     ///
     /// A worker that crashed before the kill arrived keeps its own cause, except after a breach of protocol: what such
     /// a worker says with its exit code is worth nothing.
     #[must_use]
-    pub fn tell(status: ExitStatus, killed: Option<KillReason>) -> Cause {
+    pub(crate) fn tell(status: ExitStatus, killed: Option<KillReason>, sign: Sign) -> Cause {
         match (killed, status.code(), status.signal()) {
             (Some(reason @ (KillReason::Protocol | KillReason::Version)), _, _) => Cause::Killed(reason),
             (_, Some(code), _) => WorkerExit::from_code(code).map_or(Cause::Crash { code }, Cause::Exit),
             (Some(reason), None, Some(SIGKILL)) => Cause::Killed(reason),
-            (None, None, Some(SIGKILL)) => Cause::KilledFromOutside,
+            (None, None, Some(SIGKILL)) => match sign {
+                Sign::None => Cause::KilledFromOutside,
+                Sign::Suspected => Cause::SuspectedOutOfMemory,
+                Sign::Certain => Cause::OutOfMemory,
+            },
             (_, None, Some(signal)) => Cause::Signal { signal },
             (_, None, None) => Cause::Crash { code: status.into_raw() },
         }
+    }
+
+    /// Says whether the requests that the worker had been handed are suspects. A kill from outside never blames anybody,
+    /// nor does the end of a worker that had no requests yet.
+    #[must_use]
+    pub fn blames(self) -> bool {
+        match self {
+            Cause::Exit(exit) => match exit {
+                WorkerExit::OutOfDeviceMemory
+                | WorkerExit::OutOfHostMemory
+                | WorkerExit::DriverPoisoned
+                | WorkerExit::NonFinite => true,
+                WorkerExit::Orderly
+                | WorkerExit::BadModel
+                | WorkerExit::BadConfig
+                | WorkerExit::DeviceLost
+                | WorkerExit::Protocol
+                | WorkerExit::SandboxIncomplete => false,
+            },
+            Cause::Killed(reason) => match reason {
+                KillReason::Hang | KillReason::Protocol | KillReason::LinkClosed => true,
+                KillReason::StartStalled
+                | KillReason::LoadStalled
+                | KillReason::Version
+                | KillReason::Canary
+                | KillReason::StopTimeout => false,
+            },
+            Cause::Crash { .. } | Cause::Signal { .. } | Cause::OutOfMemory => true,
+            Cause::NotStarted | Cause::KilledFromOutside | Cause::SuspectedOutOfMemory => false,
+        }
+    }
+
+    /// Gives the word for metrics.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Cause::NotStarted => "not_started",
+            Cause::Exit(exit) => match exit {
+                WorkerExit::Orderly => "orderly",
+                WorkerExit::BadModel => "bad_model",
+                WorkerExit::BadConfig => "bad_config",
+                WorkerExit::OutOfDeviceMemory => "out_of_device_memory",
+                WorkerExit::OutOfHostMemory => "out_of_host_memory",
+                WorkerExit::DriverPoisoned => "driver_poisoned",
+                WorkerExit::DeviceLost => "device_lost",
+                WorkerExit::NonFinite => "non_finite",
+                WorkerExit::Protocol => "protocol",
+                WorkerExit::SandboxIncomplete => "sandbox_incomplete",
+            },
+            Cause::Crash { .. } | Cause::Signal { .. } => "crash",
+            Cause::KilledFromOutside => "killed_from_outside",
+            Cause::OutOfMemory => "out_of_memory",
+            Cause::SuspectedOutOfMemory => "suspected_out_of_memory",
+            Cause::Killed(reason) => match reason {
+                KillReason::StartStalled => "start_stalled",
+                KillReason::LoadStalled => "load_stalled",
+                KillReason::Hang => "hang",
+                KillReason::Protocol | KillReason::LinkClosed => "broke_protocol",
+                KillReason::Version => "version",
+                KillReason::Canary => "canary",
+                KillReason::StopTimeout => "stop_timeout",
+            },
+        }
+    }
+
+    /// Says whether the next worker has to do with less memory.
+    #[must_use]
+    pub(crate) fn is_out_of_memory(self) -> bool {
+        matches!(
+            self,
+            Cause::Exit(WorkerExit::OutOfDeviceMemory | WorkerExit::OutOfHostMemory)
+                | Cause::OutOfMemory
+                | Cause::SuspectedOutOfMemory
+        )
     }
 
     /// Says whether no restart can help.
@@ -104,7 +189,11 @@ impl Cause {
             Cause::Killed(reason) => reason == KillReason::Version,
             // A system call that the sandbox forbids: no retry of a break-in.
             Cause::Signal { signal } => signal == Signal::SIGSYS as i32,
-            Cause::NotStarted | Cause::Crash { .. } | Cause::KilledFromOutside => false,
+            Cause::NotStarted
+            | Cause::Crash { .. }
+            | Cause::KilledFromOutside
+            | Cause::OutOfMemory
+            | Cause::SuspectedOutOfMemory => false,
         }
     }
 }
@@ -116,6 +205,7 @@ impl fmt::Display for Cause {
         match self {
             Cause::NotStarted => f.write_str("could not be started"),
             Cause::Exit(exit) => f.write_str(exit.describe()),
+            Cause::Crash { code: 0 } => f.write_str("crashed: it ended and left requests behind"),
             Cause::Crash { code: 101 } => f.write_str("crashed: it panicked"),
             Cause::Crash { code } => write!(f, "crashed with exit code {code}"),
             Cause::Signal { signal } => match Signal::try_from(*signal) {
@@ -123,6 +213,8 @@ impl fmt::Display for Cause {
                 Err(_) => write!(f, "crashed by signal {signal}"),
             },
             Cause::KilledFromOutside => f.write_str("killed from outside"),
+            Cause::OutOfMemory => f.write_str("killed by the kernel for want of memory"),
+            Cause::SuspectedOutOfMemory => f.write_str("killed, by the kernel for want of memory as it seems"),
             Cause::Killed(reason) => f.write_str(reason.describe()),
         }
     }
@@ -148,7 +240,34 @@ mod tests {
             (signalled(11), Some(KillReason::StopTimeout), Cause::Signal { signal: 11 }),
             (signalled(6 | 0x80), None, Cause::Signal { signal: 6 }),
         ] {
-            assert_eq!(Cause::tell(status, killed), expected, "{status:?} {killed:?}");
+            assert_eq!(Cause::tell(status, killed, Sign::None), expected, "{status:?} {killed:?}");
+        }
+        for (status, killed, sign, expected) in [
+            (signalled(9), None, Sign::Certain, Cause::OutOfMemory),
+            (signalled(9), None, Sign::Suspected, Cause::SuspectedOutOfMemory),
+            (signalled(9), Some(KillReason::Hang), Sign::Certain, Cause::Killed(KillReason::Hang)),
+            (signalled(11), None, Sign::Certain, Cause::Signal { signal: 11 }),
+            (exited(23), None, Sign::Certain, Cause::Exit(WorkerExit::OutOfHostMemory)),
+        ] {
+            assert_eq!(Cause::tell(status, killed, sign), expected, "{status:?} {killed:?} {sign:?}");
+        }
+    }
+
+    #[test]
+    fn a_kill_from_outside_blames_nobody() {
+        for (cause, blames) in [
+            (Cause::KilledFromOutside, false),
+            (Cause::SuspectedOutOfMemory, false),
+            (Cause::OutOfMemory, true),
+            (Cause::Crash { code: 101 }, true),
+            (Cause::Signal { signal: Signal::SIGABRT as i32 }, true),
+            (Cause::Killed(KillReason::Hang), true),
+            (Cause::Killed(KillReason::StopTimeout), false),
+            (Cause::Exit(WorkerExit::OutOfHostMemory), true),
+            (Cause::Exit(WorkerExit::Orderly), false),
+            (Cause::NotStarted, false),
+        ] {
+            assert_eq!(cause.blames(), blames, "{cause}");
         }
     }
 

@@ -87,6 +87,10 @@ pub enum Event {
     Start,
     /// The worker is no longer wanted.
     Stop,
+    /// Another worker is wanted.
+    Restart,
+    /// The last deaths had a cause that is gone.
+    Absolved,
     /// The worker stands behind its walls.
     Hello,
     /// The load moved.
@@ -146,6 +150,8 @@ pub struct Lifecycle {
     has_run: bool,
     has_delivered: bool,
     is_condemned: bool,
+    /// Whether another worker follows the one that was asked to end.
+    is_restart: bool,
 }
 
 impl Lifecycle {
@@ -163,6 +169,7 @@ impl Lifecycle {
             has_run: false,
             has_delivered: false,
             is_condemned: false,
+            is_restart: false,
         }
     }
 
@@ -190,14 +197,27 @@ impl Lifecycle {
             (_, Event::Ended { cause, jitter }) => self.ended(cause, jitter, now),
             (_, Event::Condemned(reason)) => self.condemn(reason),
             (_, Event::Tick) => self.tick(now),
-            (State::Stopped | State::Exited | State::Fatal, Event::Start) => {
+            (State::Stopped | State::Exited | State::Fatal | State::Backoff, Event::Start | Event::Restart) => {
                 (self.deaths, self.start_kills) = (0, 0);
                 self.spawn(now)
             }
             (State::Backoff | State::Exited | State::Fatal, Event::Stop) => self.rest(State::Stopped, now),
-            (State::Starting | State::Loading | State::Running, Event::Stop) => {
+            (State::Starting | State::Loading | State::Running, Event::Stop | Event::Restart) => {
+                self.is_restart = event == Event::Restart;
                 self.enter(State::Stopping, now, Some(self.settings.stop_timeout));
                 Some(Action::CloseLink)
+            }
+            (State::Stopping, Event::Start | Event::Restart | Event::Stop) => {
+                self.is_restart = event != Event::Stop;
+                None
+            }
+            (State::Backoff, Event::Absolved) => {
+                self.deaths = 0;
+                self.spawn(now)
+            }
+            (State::Starting | State::Loading | State::Running, Event::Absolved) => {
+                self.deaths = 0;
+                None
             }
             (State::Starting, Event::Hello) => {
                 self.enter(State::Loading, now, Some(self.settings.load_timeout));
@@ -240,7 +260,7 @@ impl Lifecycle {
 
     fn spawn(&mut self, now: Instant) -> Option<Action> {
         self.incarnation += 1;
-        (self.has_run, self.has_delivered, self.is_condemned) = (false, false, false);
+        (self.has_run, self.has_delivered, self.is_condemned, self.is_restart) = (false, false, false, false);
         self.enter(State::Starting, now, Some(self.settings.start_timeout));
         Some(Action::Spawn { incarnation: self.incarnation })
     }
@@ -272,7 +292,8 @@ impl Lifecycle {
 
     fn ended(&mut self, cause: Cause, jitter: f64, now: Instant) -> Option<Action> {
         if self.state == State::Stopping {
-            return self.rest(State::Stopped, now);
+            (self.deaths, self.start_kills) = (0, 0);
+            return if self.is_restart { self.spawn(now) } else { self.rest(State::Stopped, now) };
         }
         if cause.is_final() {
             return self.rest(State::Fatal, now);
@@ -285,7 +306,13 @@ impl Lifecycle {
                 self.pause_or_give_up(self.start_kills < self.settings.start_kills_max, self.backoff(1, jitter), now)
             }
             _ if self.has_delivered => self.spawn(now),
-            Cause::NotStarted | Cause::Exit(_) | Cause::Crash { .. } | Cause::Signal { .. } | Cause::Killed(_) => {
+            Cause::NotStarted
+            | Cause::Exit(_)
+            | Cause::Crash { .. }
+            | Cause::Signal { .. }
+            | Cause::Killed(_)
+            | Cause::OutOfMemory
+            | Cause::SuspectedOutOfMemory => {
                 self.deaths += 1;
                 let pause = self.backoff(self.deaths, jitter);
                 self.pause_or_give_up(self.deaths < self.settings.deaths_max, pause, now)
@@ -474,6 +501,39 @@ mod tests {
                 (9000, Event::Tick, None, State::Stopped),
             ],
         );
+    }
+
+    #[test]
+    fn a_restart_on_request_is_no_death() {
+        let mut steps = up(1, 0);
+        steps.extend([
+            (1, Event::Restart, Some(Action::CloseLink), State::Stopping),
+            (2, ORDERLY, spawn(2), State::Starting),
+            (3, Event::Restart, Some(Action::CloseLink), State::Stopping),
+            (4, Event::Stop, None, State::Stopping),
+            (5, CRASH, None, State::Stopped),
+            (6, Event::Restart, spawn(3), State::Starting),
+            (6, CRASH, None, State::Backoff),
+            (7, Event::Start, spawn(4), State::Starting),
+            (8, Event::Stop, Some(Action::CloseLink), State::Stopping),
+            (9, Event::Start, None, State::Stopping),
+            (10, ORDERLY, spawn(5), State::Starting),
+            (11, Event::Start, None, State::Starting),
+        ]);
+        check("restart", &steps);
+    }
+
+    #[test]
+    fn deaths_with_a_cause_that_is_gone_do_not_count() {
+        let mut steps = up(1, 0);
+        for incarnation in 2..=9 {
+            steps.extend([
+                (1, CRASH, None, State::Backoff),
+                (1, Event::Absolved, spawn(incarnation), State::Starting),
+                (1, Event::Absolved, None, State::Starting),
+            ]);
+        }
+        check("absolved", &steps);
     }
 
     #[test]

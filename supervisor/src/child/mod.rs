@@ -6,19 +6,21 @@
 
 mod budget;
 pub mod exit;
+mod incarnation;
 pub mod lifecycle;
 mod link;
-mod protocol;
+mod oom;
+pub mod protocol;
 mod run;
+mod rungs;
 pub mod spawn;
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use bulkhead_shared::generate::Generate;
 use bulkhead_shared::message::{Facts, FromWorker, Layer, LoadPlan};
 use bulkhead_shared::units::{Bytes, RequestId};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
 use crate::limits::CHILD_MESSAGES_MAX;
 use exit::Cause;
@@ -32,16 +34,40 @@ pub enum Command {
     Generate {
         /// The incarnation that it is meant for; another one never sees it.
         incarnation: u32,
-        /// The request.
+        /// The request, with the tokens that it has already.
         generate: Box<Generate>,
+        /// Bytes of text that those tokens made.
+        text_bytes: usize,
     },
     /// Give up a request.
     Cancel(RequestId),
+    /// The last deaths were one request's doing, and it is gone: the next worker need not wait for them.
+    Absolved,
+}
+
+/// What people want of a child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// A worker, where none is and none will come.
+    Start,
+    /// No worker.
+    Stop,
+    /// Another worker.
+    Restart,
+    /// No worker, and then no child.
+    End,
 }
 
 /// What a child tells the queue.
 #[derive(Debug)]
 pub enum Report {
+    /// A process was started.
+    Started {
+        /// Which incarnation.
+        incarnation: u32,
+        /// Why the one before it ended; `None` for the first.
+        after: Option<Cause>,
+    },
     /// The worker takes requests.
     Up {
         /// Which incarnation.
@@ -51,7 +77,7 @@ pub enum Report {
     Message(FromWorker),
     /// The request cannot be put into a frame.
     Unsendable(RequestId),
-    /// The incarnation ended, and with it every request that it was handed.
+    /// The incarnation ended: it says nothing more of the requests that it was handed.
     Down {
         /// Which one.
         incarnation: u32,
@@ -135,8 +161,8 @@ pub struct Child {
     pub reports: mpsc::Receiver<Report>,
     /// What is known now.
     pub status: watch::Receiver<Status>,
-    /// Notified once, it makes the child end its worker and then itself, with a last report.
-    pub stop: Arc<Notify>,
+    /// What people want. After `End` the child ends its worker and then itself, with a last report.
+    pub controls: mpsc::Sender<Control>,
 }
 
 /// Starts a child and its first incarnation.
@@ -145,8 +171,8 @@ pub fn start(spawner: Spawner, plan: LoadPlan, settings: Settings) -> Child {
     let (command_sender, commands) = mpsc::channel(CHILD_MESSAGES_MAX);
     let (reports, report_receiver) = mpsc::channel(CHILD_MESSAGES_MAX);
     let (status_sender, status) = watch::channel(Status::new(Instant::now()));
-    let stop = Arc::new(Notify::new());
-    let ends = run::Ends { commands, reports, status: status_sender, stop: stop.clone() };
+    let (control_sender, controls) = mpsc::channel(CHILD_MESSAGES_MAX);
+    let ends = run::Ends { commands, reports, status: status_sender, controls };
     tokio::spawn(run::Runner::new(spawner, plan, settings, ends).run());
-    Child { commands: command_sender, reports: report_receiver, status, stop }
+    Child { commands: command_sender, reports: report_receiver, status, controls: control_sender }
 }

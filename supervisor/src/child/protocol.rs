@@ -15,7 +15,8 @@ use crate::limits::ANSWER_BYTES_MAX;
 
 /// How a worker broke the protocol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Violation {
+pub enum Violation {
+    /// It speaks another version.
     #[error("the worker speaks version {worker} of the protocol, the supervisor {supervisor}")]
     Version { worker: u32, supervisor: u32 },
     #[error("{message} is illegal in phase {phase:?}")]
@@ -32,13 +33,15 @@ pub(crate) enum Violation {
     Nonce { nonce: u64 },
     #[error("the facts of the model are contradictory: {what}")]
     Facts { what: &'static str },
+    #[error("request {id} used {told} tokens by its end and {seen} by its deltas")]
+    TokenCount { id: RequestId, told: u32, seen: u64 },
     #[error("request {id} did not ask for a conversation and got a tool call")]
     ToolCall { id: RequestId },
 }
 
 /// How far the conversation with a worker has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Phase {
+pub enum Phase {
     /// Nothing was said.
     Silent,
     /// `Hello` came.
@@ -53,7 +56,7 @@ pub(crate) enum Phase {
 
 /// The state of one conversation.
 #[derive(Debug)]
-pub(crate) struct Protocol {
+pub struct Protocol {
     phase: Phase,
     requests: HashMap<RequestId, Outstanding>,
     nonces: (u64, u64),
@@ -70,41 +73,41 @@ struct Outstanding {
 
 impl Protocol {
     /// Begins with a worker that has said nothing.
-    pub(crate) fn new() -> Protocol {
+    pub fn new() -> Protocol {
         Protocol { phase: Phase::Silent, requests: HashMap::new(), nonces: (0, 0) }
     }
 
     /// Notes that `Load` was sent.
-    pub(crate) fn load_sent(&mut self) {
+    pub fn load_sent(&mut self) {
         assert_eq!(self.phase, Phase::Greeted, "a plan follows the greeting");
         self.phase = Phase::Loading;
     }
 
-    /// Notes that a request was sent.
-    pub(crate) fn generate_sent(&mut self, generate: &Generate) {
+    /// Notes that a request was sent, the tokens of whose answer so far made so many bytes of text.
+    pub fn generate_sent(&mut self, generate: &Generate, text_bytes: usize) {
         let outstanding = Outstanding {
             is_chat: matches!(generate.prompt, Prompt::Chat(_)),
             has_prompt: false,
-            tokens: 0,
+            tokens: generate.resume.len() as u64,
             tokens_max: generate.max_tokens.unwrap_or(CONTEXT_TOKENS_MAX).into(),
-            text_bytes: 0,
+            text_bytes,
         };
         self.requests.insert(generate.id, outstanding);
     }
 
     /// Notes that a request could not be sent after all.
-    pub(crate) fn forget(&mut self, id: RequestId) {
+    pub fn forget(&mut self, id: RequestId) {
         self.requests.remove(&id);
     }
 
     /// Gives the nonce of a new ping.
-    pub(crate) fn next_nonce(&mut self) -> u64 {
+    pub fn next_nonce(&mut self) -> u64 {
         self.nonces.1 += 1;
         self.nonces.1
     }
 
     /// Counts the requests that were sent and have not ended.
-    pub(crate) fn outstanding(&self) -> usize {
+    pub fn outstanding(&self) -> usize {
         self.requests.len()
     }
 
@@ -112,7 +115,7 @@ impl Protocol {
     ///
     /// # Errors
     /// A `Violation` when the worker may not say this now.
-    pub(crate) fn check(&mut self, message: &FromWorker) -> Result<(), Violation> {
+    pub fn check(&mut self, message: &FromWorker) -> Result<(), Violation> {
         match message {
             FromWorker::Hello { version, .. } => {
                 self.advance("hello", Phase::Silent, Phase::Greeted)?;
@@ -183,8 +186,10 @@ impl Protocol {
             return Err(Violation::PromptOrder { message: "done", id });
         }
         request.take_in(id, pieces)?;
-        let tokens_max = usize::try_from(request.tokens_max).unwrap_or(usize::MAX);
-        at_most("completion tokens", usage.completion_tokens as usize, tokens_max)?;
+        let (told, seen) = (usage.completion_tokens, request.tokens);
+        if u64::from(told) != seen {
+            return Err(Violation::TokenCount { id, told, seen });
+        }
         at_most("reasoning tokens", usage.reasoning_tokens as usize, usage.completion_tokens as usize)?;
         at_most("prompt tokens", usage.prompt_tokens as usize, CONTEXT_TOKENS_MAX as usize)?;
         at_most("cached tokens", usage.cached_tokens as usize, usage.prompt_tokens as usize)?;
@@ -297,9 +302,9 @@ mod tests {
             sampling: Sampling::default(),
             stop: Vec::new(),
             max_tokens: Some(10),
-            resume: Vec::new(),
+            resume: vec![1; 2],
         };
-        protocol.generate_sent(&generate);
+        protocol.generate_sent(&generate, 100);
         protocol
     }
 
@@ -319,7 +324,8 @@ mod tests {
 
     #[test]
     fn a_request_runs_in_order() {
-        check(&[prompt(), delta(4, "a"), delta(6, "b"), done(10)], None);
+        check(&[prompt(), delta(4, "a"), delta(4, "b"), done(10)], None);
+        check(&[prompt(), done(2)], None);
         check(&[FromWorker::Failed { id: ID, failure: Failure::Cancelled }], None);
     }
 
@@ -330,7 +336,7 @@ mod tests {
         check(&[delta(1, "a")], Some("delta of request 7 came before"));
         check(&[done(0)], Some("done of request 7 came before"));
         check(&[prompt(), prompt()], Some("prompt of request 7 came before its prompt or twice"));
-        check(&[prompt(), done(0), done(0)], Some("done names request 7"));
+        check(&[prompt(), done(2), done(2)], Some("done names request 7"));
         check(&[FromWorker::Failed { id: RequestId(8), failure: Failure::Cancelled }], Some("failed names request 8"));
         let pong = FromWorker::Pong { nonce: 1, progress: 0, sequences: 0, blocks_free: 0 };
         check(&[pong], Some("pong carries nonce 1"));
@@ -338,12 +344,13 @@ mod tests {
 
     #[test]
     fn what_is_beyond_a_limit_is_refused() {
-        check(&[prompt(), delta(10, "a")], None);
-        check(&[prompt(), delta(11, "a")], Some("answer tokens of 11"));
+        check(&[prompt(), delta(8, "a")], None);
+        check(&[prompt(), delta(9, "a")], Some("answer tokens of 11"));
         check(&[prompt(), delta(0, "a")], Some("delta of request 7 has no tokens"));
         check(&[prompt(), delta(1, &"x".repeat(DELTA_TEXT_BYTES_MAX))], None);
         check(&[prompt(), delta(1, &"x".repeat(DELTA_TEXT_BYTES_MAX + 1))], Some("text of one message"));
-        check(&[prompt(), done(11)], Some("completion tokens of 11"));
+        check(&[prompt(), delta(1, "a"), done(2)], Some("request 7 used 2 tokens by its end and 3 by its deltas"));
+        check(&[prompt(), delta(1, "a"), done(4)], Some("request 7 used 4 tokens by its end and 3 by its deltas"));
         check(&[FromWorker::Prompt { id: ID, tokens: 1, cached: 2 }], Some("cached tokens of 2"));
         let call = Piece::ToolCall { index: 0, name: "f".into(), arguments: "{}".into() };
         check(

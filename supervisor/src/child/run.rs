@@ -5,24 +5,25 @@
 
 use std::io;
 use std::process::ExitStatus;
-use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use bulkhead_shared::frame;
+use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::generate::{Generate, Prompt, Sampling};
-use bulkhead_shared::limits::TO_WORKER_FRAME_BYTES_MAX;
 use bulkhead_shared::message::{FromWorker, LoadPlan, ToWorker};
 use bulkhead_shared::units::RequestId;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Interval, MissedTickBehavior};
 use tracing::{debug, error, info, warn};
 
 use super::exit::{Cause, KillReason};
+use super::incarnation::{self, Incarnation};
 use super::lifecycle::{Action, Event, Lifecycle, Settings, State};
-use super::link::{self, LinkError};
-use super::protocol::{Protocol, Violation};
+use super::link::LinkError;
+use super::oom::Kills;
+use super::protocol::Violation;
+use super::rungs::Rung;
 use super::spawn::Spawner;
-use super::{Command, Progress, Report, Status};
+use super::{Command, Control, Progress, Report, Status};
 use crate::limits::{PING_INTERVAL, STOP_TIMEOUT};
 use crate::logging::printable;
 use crate::random;
@@ -35,35 +36,26 @@ pub(super) struct Ends {
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) reports: mpsc::Sender<Report>,
     pub(super) status: watch::Sender<Status>,
-    pub(super) stop: Arc<Notify>,
+    pub(super) controls: mpsc::Receiver<Control>,
 }
 
 /// One child.
 pub(super) struct Runner {
     spawner: Spawner,
+    /// What was configured.
     plan: LoadPlan,
+    /// What the next worker gets of it.
+    rung: Rung,
     life: Lifecycle,
     ends: Ends,
     pings: Interval,
     current: Option<Incarnation>,
     /// What the present or last incarnation said about its end, or what was found wrong with it.
     detail: Option<String>,
-}
-
-struct Incarnation {
-    number: u32,
-    process: tokio::process::Child,
-    outgoing: Option<mpsc::Sender<Vec<u8>>>,
-    incoming: mpsc::Receiver<Result<FromWorker, LinkError>>,
-    protocol: Protocol,
-    /// A frame that waits for room in `outgoing`.
-    unsent: Option<Vec<u8>>,
-    killed: Option<KillReason>,
-    exit: Option<ExitStatus>,
-    is_link_over: bool,
-    /// When one of process and link is over, the other has until then.
-    rest_deadline: Option<Instant>,
-    progress: u64,
+    /// Why the last incarnation ended.
+    last_cause: Option<Cause>,
+    /// Whether the child ends when its worker has.
+    is_ending: bool,
 }
 
 enum Input {
@@ -71,7 +63,7 @@ enum Input {
     Message(Option<Result<FromWorker, LinkError>>),
     Exited(io::Result<ExitStatus>),
     Sent,
-    Stop,
+    Control(Control),
     Ping,
     Tick,
 }
@@ -81,10 +73,21 @@ impl Runner {
         let mut pings = tokio::time::interval(PING_INTERVAL);
         pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let life = Lifecycle::new(settings, Instant::now());
-        Runner { spawner, plan, life, ends, pings, current: None, detail: None }
+        Runner {
+            spawner,
+            plan,
+            rung: Rung::default(),
+            life,
+            ends,
+            pings,
+            current: None,
+            detail: None,
+            last_cause: None,
+            is_ending: false,
+        }
     }
 
-    /// Runs until the child was stopped and its process is gone.
+    /// Runs until the child was told to end and its process is gone.
     pub(super) async fn run(mut self) {
         self.step(Event::Start).await;
         loop {
@@ -93,16 +96,18 @@ impl Runner {
                 Input::Command(None) => return,
                 Input::Command(Some(command)) => self.take_command(command).await,
                 Input::Message(message) => self.take_message(message).await,
-                Input::Exited(status) => self.note_exit(status),
-                Input::Sent => {}
-                Input::Stop => {
-                    self.step(Event::Stop).await;
+                Input::Exited(status) => {
+                    if let Some(current) = &mut self.current {
+                        current.note_exit(status);
+                    }
                 }
+                Input::Sent => {}
+                Input::Control(control) => self.take_control(control).await,
                 Input::Ping => self.ping(),
                 Input::Tick => self.step(Event::Tick).await,
             }
             self.settle().await;
-            if self.life.state().0 == State::Stopped {
+            if self.is_ending && self.life.state().0 == State::Stopped {
                 return;
             }
         }
@@ -114,7 +119,7 @@ impl Runner {
         let Some(current) = &mut self.current else {
             return tokio::select! {
                 command = self.ends.commands.recv() => Input::Command(command),
-                () = self.ends.stop.notified() => Input::Stop,
+                Some(control) = self.ends.controls.recv() => Input::Control(control),
                 () = sleep_until(deadline) => Input::Tick,
             };
         };
@@ -123,31 +128,47 @@ impl Runner {
         tokio::select! {
             message = current.incoming.recv(), if !current.is_link_over => Input::Message(message),
             status = current.process.wait(), if current.exit.is_none() => Input::Exited(status),
-            () = send(&current.outgoing, &mut current.unsent), if is_blocked => Input::Sent,
+            () = incarnation::send(&current.outgoing, &mut current.unsent), if is_blocked => Input::Sent,
             command = self.ends.commands.recv(), if !is_blocked => Input::Command(command),
-            () = self.ends.stop.notified() => Input::Stop,
+            Some(control) = self.ends.controls.recv() => Input::Control(control),
             _ = self.pings.tick(), if is_running => Input::Ping,
             () = sleep_until(deadline) => Input::Tick,
         }
     }
 
+    async fn take_control(&mut self, control: Control) {
+        info!(incarnation = self.life.incarnation(), ?control, "worker is controlled");
+        match control {
+            Control::Start => self.step(Event::Start).await,
+            Control::Stop => self.step(Event::Stop).await,
+            Control::Restart => self.step(Event::Restart).await,
+            Control::End => {
+                self.is_ending = true;
+                self.step(Event::Stop).await;
+            }
+        }
+    }
+
     async fn take_command(&mut self, command: Command) {
+        if let Command::Absolved = command {
+            return self.step(Event::Absolved).await;
+        }
         let is_running = self.life.state().0 == State::Running;
         let Some(current) = self.current.as_mut().filter(|current| is_running && current.killed.is_none()) else {
             return;
         };
         match command {
-            Command::Generate { incarnation, generate } if incarnation == current.number => {
+            Command::Generate { incarnation, generate, text_bytes } if incarnation == current.number => {
                 let id = generate.id;
-                current.protocol.generate_sent(&generate);
+                current.protocol.generate_sent(&generate, text_bytes);
                 if let Err(error) = current.send(&ToWorker::Generate(generate)) {
                     debug!(request = id.0, %error, "request does not fit a frame");
                     current.protocol.forget(id);
                     self.report(Report::Unsendable(id)).await;
                 }
             }
-            // It was meant for an incarnation whose end has been reported, and with it the request's.
-            Command::Generate { .. } => {}
+            // It was meant for an incarnation whose end has been reported: the request is queued again.
+            Command::Generate { .. } | Command::Absolved => {}
             Command::Cancel(id) => {
                 current.send(&ToWorker::Cancel { id }).expect("a cancellation fits a frame");
             }
@@ -194,8 +215,10 @@ impl Runner {
             }
             FromWorker::Ready(mut facts) => {
                 facts.device = printable(&facts.device);
+                facts.given_up.extend(self.rung.given_up(&self.plan));
                 facts.quantization = printable(&facts.quantization);
                 facts.given_up.iter_mut().for_each(|clause| *clause = printable(clause));
+                info!(incarnation = self.life.incarnation(), device = facts.device, "model is loaded");
                 self.ends.status.send_modify(|status| {
                     status.blocks_free = facts.blocks;
                     status.facts = Some(facts);
@@ -244,25 +267,14 @@ impl Runner {
         }
     }
 
-    fn note_exit(&mut self, status: io::Result<ExitStatus>) {
-        let Some(current) = &mut self.current else { return };
-        // Waiting for an own child cannot fail but by a bug; the incarnation is over in any case.
-        let status = status.unwrap_or_else(|error| {
-            error!(%error, "cannot wait for the worker");
-            ExitStatus::default()
-        });
-        current.exit = Some(status);
-        current.outgoing = None;
-        current.rest_deadline = Some(Instant::now() + STOP_TIMEOUT);
-    }
-
     /// Ends the incarnation when its process and its link are over, or when one of them has waited long enough.
     async fn settle(&mut self) {
         let Some(current) = &mut self.current else { return };
         let is_late = current.rest_deadline.is_some_and(|deadline| Instant::now() >= deadline);
         match current.exit {
             Some(status) if current.is_link_over || is_late => {
-                let cause = Cause::tell(status, current.killed);
+                let sign = Kills::read().since(current.kills_before);
+                let cause = Cause::tell(status, current.killed, sign);
                 self.finish(cause).await;
             }
             None if is_late => {
@@ -277,9 +289,15 @@ impl Runner {
         let cause = self.spawner.ended(cause);
         let incarnation = self.life.incarnation();
         let requests = self.current.take().map_or(0, |current| current.protocol.outstanding());
+        // Whoever leaves requests behind has not ended in order, whatever it says.
+        let is_deserter = cause == Cause::Exit(WorkerExit::Orderly) && requests > 0;
+        let is_stopping = self.life.state().0 == State::Stopping;
+        let cause = if is_deserter && !is_stopping { Cause::Crash { code: 0 } } else { cause };
+        self.last_cause = Some(cause);
+        self.choose_rung(cause);
         let detail = self.detail.take();
         let text = detail.as_ref().map_or(cause.to_string(), |detail| format!("{cause}: {detail}"));
-        if self.life.state().0 == State::Stopping {
+        if is_stopping {
             info!(incarnation, cause = %text, "worker ended");
         } else {
             warn!(incarnation, cause = %text, requests, "worker ended");
@@ -289,6 +307,17 @@ impl Runner {
         });
         self.report(Report::Down { incarnation, cause }).await;
         self.step(Event::Ended { cause, jitter: random::fraction() }).await;
+    }
+
+    /// Chooses how much of the plan the next worker gets.
+    fn choose_rung(&mut self, cause: Cause) {
+        let (state, since) = self.life.state();
+        let ready_for = if state == State::Running { since.elapsed() } else { Duration::ZERO };
+        let next = self.rung.after(&self.plan, cause, ready_for);
+        if std::mem::replace(&mut self.rung, next) != next {
+            let given_up = self.rung.given_up(&self.plan).unwrap_or_else(|| "nothing".into());
+            warn!(incarnation = self.life.incarnation(), given_up, "the plan of the next worker changes");
+        }
     }
 
     async fn condemn(&mut self, reason: KillReason, detail: String) {
@@ -323,20 +352,8 @@ impl Runner {
                 let pid = spawned.child.id();
                 info!(incarnation, pid, "worker started");
                 (self.plan.device, self.plan.device_budget) = (spawned.device, spawned.device_budget);
-                let link = link::open(spawned.stream);
-                self.current = Some(Incarnation {
-                    number: incarnation,
-                    process: spawned.child,
-                    outgoing: Some(link.outgoing),
-                    incoming: link.incoming,
-                    protocol: Protocol::new(),
-                    unsent: None,
-                    killed: None,
-                    exit: None,
-                    is_link_over: false,
-                    rest_deadline: None,
-                    progress: 0,
-                });
+                self.current = Some(Incarnation::new(incarnation, spawned));
+                self.report(Report::Started { incarnation, after: self.last_cause }).await;
                 self.ends.status.send_modify(|status| {
                     status.pid = pid;
                     status.incarnation = incarnation;
@@ -345,6 +362,7 @@ impl Runner {
             }
             Err(error) => {
                 warn!(incarnation, %error, "worker did not start");
+                self.last_cause = Some(Cause::NotStarted);
                 self.ends.status.send_modify(|status| status.last_end = Some(error.to_string()));
                 Some(Event::Ended { cause: Cause::NotStarted, jitter: random::fraction() })
             }
@@ -354,7 +372,7 @@ impl Runner {
     fn send_load(&mut self) -> Option<Event> {
         let current = self.current.as_mut()?;
         current.protocol.load_sent();
-        match current.send(&ToWorker::Load(self.plan.clone())) {
+        match current.send(&ToWorker::Load(self.rung.plan(&self.plan))) {
             Ok(()) => None,
             Err(error) => {
                 error!(%error, "plan does not fit a frame");
@@ -373,7 +391,7 @@ impl Runner {
             max_tokens: Some(1),
             resume: Vec::new(),
         };
-        current.protocol.generate_sent(&generate);
+        current.protocol.generate_sent(&generate, 0);
         current.send(&ToWorker::Generate(Box::new(generate))).expect("the canary fits a frame");
         None
     }
@@ -381,12 +399,7 @@ impl Runner {
     fn kill(&mut self, reason: KillReason) -> Option<Event> {
         let current = self.current.as_mut()?;
         warn!(incarnation = current.number, reason = reason.describe(), "worker is killed");
-        current.killed = Some(reason);
-        current.unsent = None;
-        if let Err(error) = current.process.start_kill() {
-            // It has ended in the meantime: its wait status is on the way.
-            debug!(%error, "nothing to kill");
-        }
+        current.kill(reason);
         None
     }
 
@@ -412,7 +425,7 @@ impl Runner {
             State::Stopped | State::Exited | State::Fatal => {
                 let reason = self.ends.status.borrow().last_end.clone().unwrap_or_else(|| "not started".into());
                 if state == State::Fatal {
-                    error!(incarnation, %reason, "worker is given up: set the cause right and start bulkhead again");
+                    error!(incarnation, %reason, "worker is given up: set the cause right and say `bulkheadctl start`");
                 }
                 self.report(Report::Resting { state, reason }).await;
             }
@@ -425,33 +438,6 @@ impl Runner {
     async fn report(&self, report: Report) {
         // Without a queue there is nobody to tell; the loop ends by itself when the commands do.
         drop(self.ends.reports.send(report).await);
-    }
-}
-
-impl Incarnation {
-    /// Encodes a message and puts it on its way; at most one waits here, so nothing is sent while one does.
-    fn send(&mut self, message: &ToWorker) -> Result<(), frame::FrameError> {
-        assert!(self.unsent.is_none(), "commands are taken only while nothing waits");
-        let frame = frame::encode(message, TO_WORKER_FRAME_BYTES_MAX)?;
-        let Some(outgoing) = &self.outgoing else { return Ok(()) };
-        match outgoing.try_send(frame) {
-            Err(mpsc::error::TrySendError::Full(frame)) => self.unsent = Some(frame),
-            // The writer has ended because the worker's side is gone, which the reader reports.
-            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
-        }
-        Ok(())
-    }
-}
-
-/// Waits until the link has room for the frame that waits. Cancel safety: the frame stays where it is until then.
-async fn send(outgoing: &Option<mpsc::Sender<Vec<u8>>>, unsent: &mut Option<Vec<u8>>) {
-    let permit = match outgoing {
-        Some(outgoing) => outgoing.reserve().await.ok(),
-        None => None,
-    };
-    let frame = unsent.take();
-    if let (Some(permit), Some(frame)) = (permit, frame) {
-        permit.send(frame);
     }
 }
 

@@ -78,7 +78,7 @@ pub fn flags(command: clap::Command) -> clap::Command {
         command.arg(match key.kind {
             Kind::Flag => arg.action(ArgAction::Set).num_args(0..=1).default_missing_value("true").value_name("BOOL"),
             Kind::Path => arg.value_name("PATH"),
-            Kind::Number { .. } => arg.value_name("N"),
+            Kind::Number { .. } | Kind::Maybe => arg.value_name("N"),
             Kind::Duration { .. } => arg.value_name("TIME"),
             Kind::List => arg.value_name("NAME,NAME"),
             Kind::Text | Kind::Choice(_) => arg.value_name("TEXT"),
@@ -230,6 +230,11 @@ impl Settings {
 
     pub(super) fn number(&self, name: &'static str) -> u64 {
         let Value::Number(number) = self.get(name).0 else { panic!("{name} is no number") };
+        number
+    }
+
+    pub(super) fn maybe(&self, name: &'static str) -> Option<u32> {
+        let Value::Maybe(number) = self.get(name).0 else { panic!("{name} is always a number") };
         number
     }
 

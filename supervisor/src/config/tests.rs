@@ -96,6 +96,10 @@ fn single_values_are_judged() {
         (&["--hang-timeout", "99ms"], "--hang-timeout: hang_timeout: 99ms is not from 100ms to 86400s"),
         (&["--hang-timeout", "soon"], "--hang-timeout: hang_timeout: \"soon\" is not a time"),
         (&["--faults-step-delay-ms", "1"], "--faults-step-delay-ms: faults.step_delay_ms: is for tests"),
+        (&["--faults-die-on-token", "0"], "--faults-die-on-token: faults.die_on_token: is for tests"),
+        (&["--faults-oom-after-steps", "0"], "--faults-oom-after-steps: faults.oom_after_steps: is for tests"),
+        (&["--faults-hang-after-steps", "0"], "--faults-hang-after-steps: faults.hang_after_steps: is for tests"),
+        (&["--faults-hang-after-steps", "x"], "--faults-hang-after-steps: faults.hang_after_steps: \"x\" is not"),
         (&["--config", "/nowhere/b.toml"], "/nowhere/b.toml: cannot be read: No such file"),
     ] {
         let got = faults(flag_list, &[]);
@@ -104,7 +108,13 @@ fn single_values_are_judged() {
     let open = load_from(&["--listen", "0.0.0.0:80", "--allow-unauthenticated"], &[]).expect("was allowed");
     assert_eq!(open.config.listen.port(), 80);
     let slow = load_from(&["--allow-faults", "--faults-step-delay-ms", "9"], &[]).expect("was allowed");
-    assert_eq!(slow.config.step_delay_ms, 9);
+    assert_eq!(slow.config.faults, Faults { step_delay_ms: 9, ..Faults::default() });
+    let file = file("allow_faults = true\nfaults = { die_on_token = 0, oom_after_steps = 1_0 }\n");
+    let path = file.path().to_str().expect("is text").to_owned();
+    let faulty = load_from(&["--config", &path, "--faults-hang-after-steps", "7"], &[]).expect("was allowed");
+    let asked =
+        Faults { step_delay_ms: 0, die_on_token: Some(0), oom_after_steps: Some(10), hang_after_steps: Some(7) };
+    assert_eq!(faulty.config.faults, asked);
 }
 
 #[test]

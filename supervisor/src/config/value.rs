@@ -13,8 +13,16 @@ pub(crate) enum Kind {
     Flag,
     List,
     Choice(&'static [&'static str]),
-    Number { min: u64, max: u64 },
-    Duration { min: Duration, max: Duration },
+    Number {
+        min: u64,
+        max: u64,
+    },
+    /// A number of 32 bits, or nothing.
+    Maybe,
+    Duration {
+        min: Duration,
+        max: Duration,
+    },
 }
 
 /// A checked value.
@@ -25,6 +33,7 @@ pub(crate) enum Value {
     Flag(bool),
     List(Vec<String>),
     Number(u64),
+    Maybe(Option<u32>),
     Duration(Duration),
 }
 
@@ -48,6 +57,11 @@ impl Kind {
                 Ok(number) => Err(format!("{number} is not from {min} to {max}")),
                 Err(_) => Err(format!("{text:?} is not a whole number from {min} to {max}")),
             },
+            Kind::Maybe if text.is_empty() => Ok(Value::Maybe(None)),
+            Kind::Maybe => match text.replace('_', "").parse() {
+                Ok(number) => Ok(Value::Maybe(Some(number))),
+                Err(_) => Err(format!("{text:?} is not a whole number from 0 to {}", u32::MAX)),
+            },
             Kind::Duration { min, max } => match parse_duration(text) {
                 Some(time) if (min..=max).contains(&time) => Ok(Value::Duration(time)),
                 Some(time) => Err(format!("{} is not from {} to {}", print(time), print(min), print(max))),
@@ -64,7 +78,7 @@ impl Kind {
                 texts.map(|texts| Value::List(names(texts))).ok_or_else(|| "is not a list of strings".to_owned())
             }
             (Kind::Flag, DeValue::Boolean(is_set)) => Ok(Value::Flag(*is_set)),
-            (Kind::Number { .. } | Kind::Duration { .. }, DeValue::Integer(number)) => {
+            (Kind::Number { .. } | Kind::Maybe | Kind::Duration { .. }, DeValue::Integer(number)) => {
                 self.parse(number.as_str(), base)
             }
             (Kind::Text | Kind::Path | Kind::Choice(_) | Kind::Duration { .. }, DeValue::String(text)) => {
@@ -79,7 +93,7 @@ impl Kind {
             Kind::Text | Kind::Path | Kind::Choice(_) => "string",
             Kind::Flag => "boolean",
             Kind::List => "list of strings",
-            Kind::Number { .. } => "whole number",
+            Kind::Number { .. } | Kind::Maybe => "whole number",
             Kind::Duration { .. } => "time, such as 30 (seconds) or \"5m\"",
         }
     }
@@ -94,6 +108,7 @@ impl Value {
             Value::Flag(is_set) => is_set.to_string(),
             Value::List(items) => format!("[{}]", items.iter().map(|item| quote(item)).collect::<Vec<_>>().join(", ")),
             Value::Number(number) => number.to_string(),
+            Value::Maybe(number) => number.map_or_else(|| quote(""), |number| number.to_string()),
             Value::Duration(time) => quote(&print(*time)),
         }
     }

@@ -28,7 +28,7 @@ pub(crate) async fn whole(ticket: Ticket, head: Head) -> Result<Response, ApiErr
     let mut cursor = Cursor::default();
     let mut pieces = Vec::new();
     loop {
-        let news = ticket.journal().read(&mut cursor).await;
+        let news = ticket.read(&mut cursor).await;
         pieces.extend(news.pieces);
         match news.end {
             None => {}
@@ -43,7 +43,7 @@ pub(crate) async fn whole(ticket: Ticket, head: Head) -> Result<Response, ApiErr
 /// Cancel safety: dropping it, or the body of its answer, cancels the request.
 pub(crate) async fn stream(ticket: Ticket, head: Head, has_usage: bool) -> Result<Response, ApiError> {
     let mut cursor = Cursor::default();
-    let news = ticket.journal().read(&mut cursor).await;
+    let news = ticket.read(&mut cursor).await;
     if let (false, Some(end)) = (news.is_accepted, &news.end) {
         return Err(ApiError::Ended(end.clone()));
     }
@@ -78,7 +78,7 @@ impl Events {
                 news
             }
             Step::Read => {
-                let read = self.ticket.journal().read(&mut self.cursor);
+                let read = self.ticket.read(&mut self.cursor);
                 match tokio::time::timeout(KEEP_ALIVE_INTERVAL, read).await {
                     Ok(news) => news,
                     Err(_) => {
@@ -112,9 +112,12 @@ impl Events {
                 bytes.extend_from_slice(DONE);
             }
             // OpenAI's clients raise an error on any object with the key `error`.
-            End::Failed(_) | End::Lost(_) | End::TimedOut | End::Unserved | End::ShuttingDown | End::Unsendable => {
-                event(bytes, &ApiError::Ended(end).object())
-            }
+            End::Failed(_)
+            | End::Quarantined(_)
+            | End::TimedOut
+            | End::Unserved
+            | End::ShuttingDown
+            | End::Unsendable => event(bytes, &ApiError::Ended(end).object()),
         }
     }
 

@@ -1,5 +1,7 @@
 //! Errors as clients see them: the only place that knows status codes.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -59,10 +61,11 @@ impl Shape {
         Shape { status, kind: "server_error", param: None, code: Some(code), retry_after }
     }
 
-    fn rate_limit() -> Shape {
+    fn rate_limit(retry_after: Duration) -> Shape {
         let code = Some("rate_limit_exceeded");
         let status = StatusCode::TOO_MANY_REQUESTS;
-        Shape { status, kind: "rate_limit_error", param: None, code, retry_after: Some(1) }
+        let seconds = u32::try_from(retry_after.as_millis().div_ceil(1000)).unwrap_or(u32::MAX);
+        Shape { status, kind: "rate_limit_error", param: None, code, retry_after: Some(seconds) }
     }
 
     fn with_param(self, param: &str) -> Shape {
@@ -81,9 +84,9 @@ impl ApiError {
                 Refusal::Loading => Shape::server(StatusCode::SERVICE_UNAVAILABLE, "model_loading", Some(2)),
                 Refusal::Unserved(_) => Shape::server(StatusCode::SERVICE_UNAVAILABLE, "model_unavailable", Some(30)),
                 Refusal::Draining => Shape::server(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", Some(5)),
-                Refusal::Full(_) => Shape::rate_limit(),
+                Refusal::Full { retry_after, .. } => Shape::rate_limit(*retry_after),
             },
-            ApiError::Busy => Shape::rate_limit(),
+            ApiError::Busy => Shape::rate_limit(Duration::from_secs(1)),
             ApiError::BodyTooLarge => Shape::client(StatusCode::PAYLOAD_TOO_LARGE, Some("body_too_large")),
             ApiError::BodyTimeout => Shape::client(StatusCode::REQUEST_TIMEOUT, Some("body_timeout")),
             ApiError::BodyBroken => Shape::client(StatusCode::BAD_REQUEST, Some("body_incomplete")),
@@ -114,12 +117,19 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = shape.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        if matches!(self, ApiError::Ended(End::Quarantined(_) | End::Failed(Failure::Cancelled))) {
+            // OpenAI's clients send again what was answered with a 5xx, unless they are told not to.
+            response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
         if matches!(self, ApiError::BodyTooLarge | ApiError::BodyTimeout | ApiError::BodyBroken) {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response
     }
 }
+
+/// The header by which a server of OpenAI's API says whether a client should send a request again.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// The header that names a request in the log.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -144,11 +154,13 @@ fn end_shape(end: &End) -> Shape {
         End::Failed(Failure::Invalid { param, .. }) => {
             Shape::client(StatusCode::BAD_REQUEST, Some("invalid_value")).with_param(param)
         }
-        End::Lost(_) => Shape::server(RETRY, "worker_crashed", Some(1)),
+        End::Quarantined(_) => Shape::server(StatusCode::INTERNAL_SERVER_ERROR, "request_quarantined", None),
         End::TimedOut => Shape::server(StatusCode::GATEWAY_TIMEOUT, "request_timeout", None),
         End::Unserved => Shape::server(RETRY, "model_unavailable", Some(30)),
         End::ShuttingDown => Shape::server(RETRY, "shutting_down", Some(5)),
-        End::Failed(Failure::Cancelled) | End::Unsendable | End::Done { .. } => {
+        // Whose client is gone has nobody to read this; the others were cancelled by the private door.
+        End::Failed(Failure::Cancelled) => Shape::server(RETRY, "request_cancelled", None),
+        End::Unsendable | End::Done { .. } => {
             error!(?end, "a request ended as none should");
             Shape::server(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", None)
         }
@@ -164,7 +176,9 @@ fn describe_end(end: &End) -> String {
         ),
         End::Failed(Failure::Invalid { param, detail }) => format!("{param}: {detail}"),
         End::Failed(Failure::Cancelled) => "the request was cancelled".into(),
-        End::Lost(cause) => format!("the worker that ran this request ended ({cause}); a new one is being started"),
+        End::Quarantined(cause) => format!(
+            "this request ended every worker that ran it ({cause}) and was set aside; sending it again would do the same"
+        ),
         End::TimedOut => "the request took longer than the server's request_timeout".into(),
         End::Unserved => "no worker can run this request".into(),
         End::ShuttingDown => "the server is shutting down".into(),

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderValue, Method, Uri};
+use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -30,6 +30,7 @@ use tracing::debug;
 
 use crate::fleet::Fleet;
 use crate::limits::BODIES_BYTES_MAX;
+use crate::queue::Client;
 use crate::random;
 use crate::request::{self, Admission, Delivery, RequestError};
 use error::{ApiError, REQUEST_ID};
@@ -53,6 +54,7 @@ pub fn router(fleet: Arc<Fleet>, listen: SocketAddr) -> Router {
         .route("/v1/completions", post(completion))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
+        .route("/metrics", get(metrics))
         .route("/health", get(health::health))
         .route("/health/live", get(health::live))
         .route("/health/ready", get(health::ready))
@@ -62,9 +64,14 @@ pub fn router(fleet: Arc<Fleet>, listen: SocketAddr) -> Router {
         .with_state(app)
 }
 
+/// What clients and the log call a request, in the header `x-request-id`.
+#[derive(Clone, Debug)]
+struct Name(String);
+
 /// Checks the host and names the request.
-async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let id = random::id("req_");
+    request.extensions_mut().insert(Name(id.clone()));
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let mut response = match host::check(app.listen, &request) {
         Ok(()) => next.run(request).await,
@@ -89,18 +96,32 @@ async fn completion(State(app): State<Arc<App>>, request: Request) -> Result<Res
 type Check = fn(&[u8], Admission) -> Result<request::Request, RequestError>;
 
 async fn generate(app: &App, http: Request, form: Form, check: Check) -> Result<Response, ApiError> {
+    let client = client(&http);
+    let name = http.extensions().get::<Name>().cloned();
     let body = body::read(&app.body_bytes, http.into_body()).await?;
     let admission = Admission { date: time::OffsetDateTime::now_utc().date().to_string(), seed: random::bits() };
     let request = check(&body.bytes, admission)?;
     let model = app.fleet.find(request.model.as_deref())?;
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let head = Head::new(form, created, model);
-    let ticket = app.fleet.tickets.admit(request.generate, request::weight(body.bytes.len()))?;
+    let ticket = app.fleet.tickets.admit(request.generate, request::weight(body.bytes.len()), client)?;
     drop(body);
+    debug!(http_request = name.map(|name| name.0), request = ticket.id().0, "request is admitted");
     match request.delivery {
         Delivery::Whole => answer::whole(ticket, head).await,
         Delivery::Stream { has_usage } => answer::stream(ticket, head, has_usage).await,
     }
+}
+
+/// Tells clients apart, so that they can take turns: by their key, where they have one, which is not kept.
+fn client(http: &Request) -> Client {
+    Client(http.headers().get(header::AUTHORIZATION).map_or(0, |key| random::hash(key.as_bytes())))
+}
+
+/// Answers in Prometheus' text format.
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    const FORMAT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(header::CONTENT_TYPE, FORMAT)], app.fleet.metrics()).into_response()
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {

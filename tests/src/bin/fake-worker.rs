@@ -4,11 +4,14 @@
 //! `[delay=MS]` waits before each token, `[repeat=N]` says the words N times, `[think=N]` makes the first N tokens
 //! reasoning, `[call]` calls the tool `lookup` at the end. The others misbehave, `=N` after N tokens: `[exit=N,CODE]`,
 //! `[abort=N]`, `[hang=N]`, `[garbage=N]`, `[long-frame=N]`, `[unknown-id=N]`, `[no-prompt]`, `[flood]`, `[close=N]`,
-//! `[mute=N]` (stops reading, and so answering pings); `[context]` and `[invalid]` fail the request; `[say=TEXT]` writes
-//! to standard error. The load is scripted by the lines of `fake.txt` in the model folder: `exit CODE`, `fail TEXT`,
+//! `[mute=N]` (stops reading, and so answering pings), `[hello=N]` and `[progress=N]` (say what is over), `[oom=N]` (takes memory
+//! until it is killed), `[count=N]` (tells a wrong number of tokens at the end); with `[once]` it behaves when the request
+//! is resumed behind tokens of an earlier worker. `[context]` and `[invalid]` fail the request; `[say=TEXT]` writes to
+//! standard error. The load is scripted by the lines of `fake.txt` in the model folder: `exit CODE`, `fail TEXT`,
 //! `steps N`, `stall`, `abort`. On the command line: `mute`, `wrong-version` and `exit CODE` before the greeting.
 //!
-//! Invariant: however it misbehaves, it ends with its supervisor, as the real one does.
+//! Invariants: however it misbehaves, it ends with its supervisor, as the real one does; what it says behind a token is a
+//! function of the request and the tokens up to that one.
 
 use std::collections::HashSet;
 use std::io::{Read, Write};
@@ -76,6 +79,34 @@ fn main() -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+fn facts(plan: &LoadPlan) -> Facts {
+    Facts {
+        context_tokens: CONTEXT_TOKENS,
+        block_tokens: 16,
+        blocks: 100,
+        vocabulary: 1000,
+        memory: Vec::new(),
+        device: match plan.device {
+            DeviceChoice::Cpu => "cpu (fake)".into(),
+            DeviceChoice::Cuda(index) => {
+                format!("cuda:{index} (fake, {} of {})", plan.device_budget, plan.kv_type.as_str())
+            }
+        },
+        quantization: "none".into(),
+        given_up: Vec::new(),
+    }
+}
+
+/// Takes memory until the kernel puts an end to it, as it does where the control group has a limit; without one it stops
+/// before the machine suffers, and hangs.
+fn take_memory() -> ! {
+    const PART_BYTES: usize = 1 << 20;
+    const PARTS_MAX: usize = 1024;
+    let taken: Vec<_> = (0..PARTS_MAX).map(|_| std::hint::black_box(vec![1_u8; PART_BYTES])).collect();
+    std::hint::black_box(&taken);
+    sleep_forever()
 }
 
 fn sleep_forever() -> ! {
@@ -175,21 +206,7 @@ impl Worker {
                 (other, _) => anyhow::bail!("unknown line {other:?} in fake.txt"),
             }
         }
-        self.send(&FromWorker::Ready(Facts {
-            context_tokens: CONTEXT_TOKENS,
-            block_tokens: 16,
-            blocks: 100,
-            vocabulary: 1000,
-            memory: Vec::new(),
-            device: match plan.device {
-                DeviceChoice::Cpu => "cpu (fake)".into(),
-                DeviceChoice::Cuda(index) => {
-                    format!("cuda:{index} (fake, {} of {})", plan.device_budget, plan.kv_type.as_str())
-                }
-            },
-            quantization: "none".into(),
-            given_up: Vec::new(),
-        }))
+        self.send(&FromWorker::Ready(facts(plan)))
     }
 
     fn generate(&self, generate: &Generate) -> anyhow::Result<()> {
@@ -213,10 +230,13 @@ impl Worker {
         }
         let limit = generate.max_tokens.unwrap_or(CONTEXT_TOKENS) as usize;
         let reasoning = script.number("think").unwrap_or(0);
-        let mut emitted = 0;
-        for word in script.words.iter().take(limit) {
+        let mut emitted = generate.resume.len();
+        let (is_call, pause) = (script.has("call"), Duration::from_millis(script.number("delay").unwrap_or(0) as u64));
+        let behaves = script.has("once") && emitted > 0;
+        let script = if behaves { Script { directives: Vec::new(), ..script } } else { script };
+        for word in script.words.iter().take(limit).skip(emitted) {
             self.misbehave(&script, emitted, id)?;
-            thread::sleep(Duration::from_millis(script.number("delay").unwrap_or(0) as u64));
+            thread::sleep(pause);
             if self.cancelled.lock().expect("no panics").remove(&id) {
                 return self.send(&FromWorker::Failed { id, failure: Failure::Cancelled });
             }
@@ -224,18 +244,18 @@ impl Worker {
             let piece = if emitted < reasoning { Piece::Reasoning(text) } else { Piece::Content(text) };
             emitted += 1;
             self.progress.fetch_add(1, Ordering::SeqCst);
-            self.send(&FromWorker::Delta { id, tokens: vec![7], pieces: vec![piece] })?;
+            self.send(&FromWorker::Delta { id, tokens: vec![emitted as u32], pieces: vec![piece] })?;
         }
         self.misbehave(&script, emitted, id)?;
         let is_cut = script.words.len() > limit;
-        let is_call = script.has("call") && !is_cut;
+        let is_call = is_call && !is_cut;
         let call = Piece::ToolCall { index: 0, name: "lookup".into(), arguments: "{\"key\":\"a\"}".into() };
         let reason = match (is_call, is_cut) {
             (true, _) => FinishReason::ToolCalls,
             (false, true) => FinishReason::Length,
             (false, false) => FinishReason::Stop,
         };
-        let completion_tokens = u32::try_from(emitted)?;
+        let completion_tokens = u32::try_from(emitted + usize::from(script.has("count")))?;
         let reasoning_tokens = u32::try_from(reasoning.min(emitted))?;
         let usage = Usage { prompt_tokens, cached_tokens: 0, completion_tokens, reasoning_tokens };
         let pieces = if is_call { vec![call] } else { Vec::new() };
@@ -254,6 +274,11 @@ impl Worker {
                 "abort" => process::abort(),
                 "hang" => sleep_forever(),
                 "garbage" => self.send_bytes(&[9, 0, 0, 0, 255, 254, 253, 252, 251, 250, 249, 248, 247])?,
+                "hello" => self.send(&FromWorker::Hello { version: PROTOCOL_VERSION, layers: Vec::new() })?,
+                "progress" => {
+                    self.send(&FromWorker::Progress { done: Bytes(0), total: Bytes(0), what: String::new() })?
+                }
+                "oom" => take_memory(),
                 "long-frame" => self.send_bytes(&u32::MAX.to_le_bytes())?,
                 "unknown-id" => {
                     self.send(&FromWorker::Failed { id: RequestId(id.0 + 1000), failure: Failure::Cancelled })?;

@@ -4,14 +4,15 @@ use bulkhead_shared::frame::{LENGTH_BYTES, decode, decode_length, encode};
 use bulkhead_shared::generate::{Chat, Generate, Message, Prompt, ReasoningEffort, Sampling, Tool, ToolCall};
 use bulkhead_shared::limits::{DECODE_BYTES_MAX, FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{
-    DeviceChoice, Facts, Failure, FinishReason, FromWorker, KvType, Layer, LoadPlan, MemoryKind, Piece, ToWorker, Usage,
+    DeviceChoice, Facts, Failure, Faults, FinishReason, FromWorker, KvType, Layer, LoadPlan, MemoryKind, Piece,
+    ToWorker, Usage,
 };
 use bulkhead_shared::units::{Bytes, RequestId};
 use bulkhead_tests::fuzz::{Random, mutate, run};
 
 use crate::memory::{alone, bounded};
 
-fn generate() -> Generate {
+pub(crate) fn generate() -> Generate {
     let messages = vec![
         Message::System { text: "Be brief.".into() },
         Message::User { text: "What is the time in Oslo?".into() },
@@ -44,7 +45,7 @@ fn to_worker() -> Vec<ToWorker> {
         kv_bytes: Bytes(1 << 30),
         device_budget: Bytes(22 << 30),
         kv_type: KvType::Int8,
-        step_delay_ms: 0,
+        faults: Faults { step_delay_ms: 1, die_on_token: Some(7), oom_after_steps: None, hang_after_steps: Some(2) },
     };
     let tokens = Generate { prompt: Prompt::Tokens((0..100).collect()), ..generate() };
     vec![
@@ -56,7 +57,7 @@ fn to_worker() -> Vec<ToWorker> {
     ]
 }
 
-fn from_worker() -> Vec<FromWorker> {
+pub(crate) fn from_worker() -> Vec<FromWorker> {
     let id = RequestId(3);
     let call = Piece::ToolCall { index: 0, name: "clock".into(), arguments: "{}".into() };
     let facts = Facts {

@@ -7,4 +7,5 @@ mod frames;
 mod memory;
 mod model_files;
 mod requests;
+mod supervisor;
 mod text;

@@ -4,6 +4,7 @@
 //! choose tokens, emit. Refuses to tokenise or render: that is done before a sequence arrives here.
 
 pub mod backend;
+pub mod faults;
 pub mod intake;
 pub mod kv_cache;
 pub mod pager;
@@ -15,12 +16,12 @@ pub mod single;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use bulkhead_shared::message::{Failure, FromWorker};
 use crossbeam_channel::{Receiver, Sender};
 
 use self::backend::Backend;
+use self::faults::Faults;
 use self::pager::Exhausted;
 use self::sampler::{NonFinite, Scratch};
 use self::schedule::{Pending, share_step};
@@ -37,6 +38,9 @@ pub enum EngineError {
     /// The device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A test asked for it.
+    #[error(transparent)]
+    Fault(#[from] faults::OutOfMemory),
 }
 
 /// What the engine tells the thread that answers pings. Written by the engine alone.
@@ -53,8 +57,8 @@ pub struct Status {
 pub struct EngineLimits {
     /// Sequences in one batch.
     pub sequences_max: usize,
-    /// A pause after each step, for tests of what happens meanwhile.
-    pub step_delay: Duration,
+    /// What goes wrong on purpose.
+    pub faults: Faults,
 }
 
 /// The state of the loop.
@@ -99,9 +103,7 @@ impl Engine {
             self.admit()?;
             self.step()?;
             self.publish();
-            if !self.limits.step_delay.is_zero() {
-                std::thread::sleep(self.limits.step_delay);
-            }
+            std::thread::sleep(self.limits.faults.step_delay());
         }
     }
 
@@ -155,6 +157,7 @@ impl Engine {
         if batch.rows.is_empty() {
             return Ok(());
         }
+        self.limits.faults.before_step(batch.rows.iter().map(|row| row.token))?;
         let is_last = |index: &usize| self.running[*index].computed + shares[*index] == self.running[*index].length();
         let wanted: Vec<_> =
             (0..shares.len()).filter(|i| shares[*i] > 0).filter(is_last).map(|i| self.running[i].wanted()).collect();

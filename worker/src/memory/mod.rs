@@ -266,7 +266,7 @@ mod tests {
             kv_bytes: Bytes(kv_bytes),
             device_budget: Bytes(0),
             kv_type: KvType::Bf16,
-            step_delay_ms: 0,
+            faults: bulkhead_shared::message::Faults::default(),
         }
     }
 

@@ -1,4 +1,4 @@
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{DeviceChoice, Faults};
 
 use super::*;
 
@@ -24,7 +24,7 @@ fn asked(context_tokens: u32, sequences_max: u32) -> LoadPlan {
         kv_bytes: Bytes(0),
         device_budget: Bytes(0),
         kv_type: KvType::Bf16,
-        step_delay_ms: 0,
+        faults: Faults::default(),
     }
 }
 
