@@ -59,8 +59,8 @@ fuzz:
 	BULKHEAD_FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --package bulkhead-tests --test fuzz -- --nocapture
 
 storm:
-	@$(CARGO) build --release --workspace --bins
-	BULKHEAD_STORM=full $(CARGO) test --release --package bulkhead-tests --test storm -- --nocapture --test-threads=1
+	@$(CARGO) build --workspace --bins
+	BULKHEAD_STORM=full $(CARGO) test --package bulkhead-tests --test storm -- --nocapture --test-threads=1
 
 cuda-check:
 	@$(PYTHON) tests/cuda/check_compile.py

@@ -334,9 +334,12 @@ fn each_end_of_a_worker_has_its_word_and_its_consequence() {
         process::signal(worker_pid(&server), signal);
         let line = server.wait_for_log("worker ended");
         assert!(line.contains(cause), "{line}");
-        server.wait_for_health("/workers/0/state", &json!(state));
+        // What is given up is not started again; the others run again, as the next incarnation.
         let incarnation = if state == "FATAL" { 1 } else { 2 };
-        assert_eq!(server.health()["workers"][0]["incarnation"], incarnation, "{cause}");
+        server.wait_for(&format!("{cause} leads to {state}"), |health| {
+            let worker = &health["workers"][0];
+            (worker["state"] == state && worker["incarnation"] == incarnation).then_some(())
+        });
         assert_eq!(server.get("/health/live").status, 200);
     }
     // What ends itself in order, with nothing left to do, is not wanted back.
