@@ -1,14 +1,16 @@
 """The logits of the oracle's models and of the built-in one, beside the oracle's and the processor's.
 
-Tolerances are relative (the size of the difference over the size of what is expected). On a card activations are
-rounded to bf16 before each product, and sums are f32. The reference implementation that rounds everything to bf16 is off
-by a few per cent on these models, and each expectation holds how much: what is served stays below twice that. It cannot
-stay below a fixed small number, since a rounding can move a token to another expert.
+Tolerances are relative (the size of the difference over the size of what is expected), row by row. On a card activations
+are rounded to bf16 before each product, and sums are f32. The reference implementation that rounds everything to bf16 is
+off by a per cent or two in most rows of these models, and each expectation holds how much: the middle row of what is served
+stays below twice that. Single rows of either are far off, where a rounding moves a token to another expert, which the
+random weights of these models make likely: their share is bounded beside the reference's.
 """
 
 import array
 import json
 import math
+import statistics
 import struct
 
 from .context import Failed, read_json, run
@@ -17,6 +19,9 @@ MODELS = ("gptoss_basic", "gptoss_long", "gptoss_mxfp4", "gptoss_window_edges")
 BF16_SHARE_MAX = 2.0
 # Weights in NF4 are rounded to bf16 on a card: worker/kernels/README.md.
 NF4_ERROR = 2.5e-3
+# A row that is off by this much has a token that went to another expert; so many more rows may than of the reference.
+FAR = 0.1
+FAR_SHARE = 0.08
 # A choice must agree where the two best logits are further apart than this many standard deviations of a logit's error.
 MARGIN_DEVIATIONS = 6
 EVAL_S = 60
@@ -56,6 +61,25 @@ def error(found, expected):
     assert len(found) == len(expected), (len(found), len(expected))
     difference = sum((a - b) ** 2 for one, other in zip(found, expected) for a, b in zip(one, other))
     return math.sqrt(difference / sum(b * b for row in expected for b in row))
+
+
+def row_errors(found, expected):
+    """Gives the relative error of each row."""
+    assert len(found) == len(expected), (len(found), len(expected))
+    return [error([one], [other]) for one, other in zip(found, expected)]
+
+
+def judge(label, found, expected, reference):
+    """Compares rows with what is expected, and how far they are off with how far a reference is; gives (middle, bound)."""
+    errors = row_errors(found, expected)
+    middle, bound = statistics.median(errors), BF16_SHARE_MAX * statistics.median(reference) + NF4_ERROR
+    if not middle <= bound:
+        raise Failed(f"{label}: the middle row is off by {middle:.1e}, at most {bound:.1e}")
+    share = sum(value > FAR for value in errors) / len(errors)
+    share_max = BF16_SHARE_MAX * sum(value > FAR for value in reference) / len(reference) + FAR_SHARE
+    if share > share_max:
+        raise Failed(f"{label}: {share:.0%} of the rows are off by more than {FAR:.0%}, at most {share_max:.0%}")
+    return middle, bound
 
 
 def evaluate(context, model, tokens, greedy, quant="file", on_processor=False):
@@ -99,7 +123,7 @@ def _check_prompt(context, model, index, variant):
     tensors, prompt = Tensors(folder / "expected.safetensors"), read_json(folder / "expected.json")["prompts"][index]
     label, quant = f"{model}, prompt {index}, {variant}", "nf4" if variant == "nf4" else "file"
     exact, rounded = tensors.rows(f"p{index}.logits_f32"), tensors.rows(f"p{index}.logits_bf16")
-    allowed = BF16_SHARE_MAX * error(rounded, exact) + (NF4_ERROR if variant == "nf4" else 0)
+    reference = row_errors(rounded, exact)
     name, continuation = f"p{index}.logits_f32", prompt["greedy_f32"]
     if variant == "nf4":
         name = f"p{index}.logits_nf4_dq_experts"
@@ -109,20 +133,18 @@ def _check_prompt(context, model, index, variant):
     expected, positions = tensors.rows(name), tensors.integers(f"p{index}.positions")
     tokens = tensors.integers(f"p{index}.input_ids")
     logits, greedy = evaluate(context, folder, tokens, len(continuation["ids"]), quant)
-    found = error([logits[position] for position in positions[-len(expected):]], expected)
-    if not found <= allowed:
-        raise Failed(f"{label}: off by {found:.1e} from the oracle, at most {allowed:.1e}")
+    own = [logits[position] for position in positions[-len(expected):]]
+    middle, bound = judge(f"{label}, beside the oracle", own, expected, reference)
     # With the continuation behind the prompt, for how far ahead each of its tokens is.
     ids = continuation["ids"]
     processor, _ = evaluate(context, folder, tokens + ids[:-1], 0, quant, on_processor=True)
-    beside = error(logits, processor[:len(tokens)])
-    if not beside <= allowed:
-        raise Failed(f"{label}: off by {beside:.1e} from the processor, at most {allowed:.1e}")
+    judge(f"{label}, beside the processor", logits, processor[:len(tokens)], reference)
+    found = max(error(own, expected), error(logits, processor[:len(tokens)]))
     margins = [_margin(row, token) for row, token in zip(processor[len(tokens) - 1:], ids)]
     # The difference of two logits, each off by this share of a logit's size.
-    margin_min = MARGIN_DEVIATIONS * math.sqrt(2) * max(found, beside) * _deviation(expected)
+    margin_min = MARGIN_DEVIATIONS * math.sqrt(2) * found * _deviation(expected)
     equal = check_greedy(label, greedy, ids, margins, margin_min)
-    return found, allowed, equal, len(ids)
+    return middle, bound, equal, len(ids)
 
 
 def _check_model(model, variant):
