@@ -16,11 +16,12 @@ struct DenseJob {
     float* out;
     u32 out_stride;
 
+    __device__ __forceinline__ void touch() const {}
     __device__ __forceinline__ void prepare() {}
-    __device__ __forceinline__ u32 items() const {
+    __device__ __forceinline__ u32 share(u32 block, u32) const {
         u32 items = 0;
         for (u32 i = 0; i < matrix_count; i++) items += (matrices[i].rows + MATVEC_ROWS - 1) / MATVEC_ROWS;
-        return items;
+        return even_share(items, block);
     }
     __device__ __forceinline__ Item item(u32 index) const {
         for (u32 i = 0; i < matrix_count; i++) {

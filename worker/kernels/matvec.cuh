@@ -337,16 +337,11 @@ __device__ __forceinline__ void collect_sums(const Job& job, const Item& item, u
     }
 }
 
-// The block's share of a job's items: neighbours, and so that the blocks of a multiprocessor have alike many.
-struct Share {
-    u32 first;
-    u32 end;
-    __device__ __forceinline__ explicit Share(u32 items) {
-        u32 all = items / gridDim.x, more = items % gridDim.x;
-        first = blockIdx.x * all + (blockIdx.x < more ? blockIdx.x : more);
-        end = first + all + (blockIdx.x < more ? 1 : 0);
-    }
-};
+// The first item of a block's share where all cost alike: neighbours, and the blocks of a multiprocessor have alike many.
+__device__ __forceinline__ u32 even_share(u32 items, u32 block) {
+    u32 all = items / gridDim.x, more = items % gridDim.x;
+    return block * all + (block < more ? block : more);
+}
 
 // The item after one, whose number is `index`: the same rows for the group's next activations, or the next rows.
 template <u32 TILES, class Job>
@@ -384,11 +379,14 @@ struct Stage {
         group = item.group;
         if (count == 1 && alone == first) return true;
         alone = count == 1 ? first : ~0u;
+        // Asked for at once, not row after row: the wait is one trip to memory. The weights on their way are waited for too.
         for (u32 column = 0; column < count; column++) {
-            uint4* to = (uint4*)(rows + column * (columns + STAGE_PADDING));
-            const uint4* from = (const uint4*)job.x(item.group, column);
-            for (u32 i = threadIdx.x; i < columns / 8; i += blockDim.x) to[i] = from[i];
+            const bf16* from = job.x(item.group, column);
+            bf16* to = rows + column * (columns + STAGE_PADDING);
+            for (u32 i = threadIdx.x * 8; i < columns; i += blockDim.x * 8) start_copy<16>(near_of(to + i), from + i);
         }
+        end_copies();
+        wait_for_copies<0>();
         __syncthreads();
         return true;
     }
@@ -419,8 +417,8 @@ __device__ __forceinline__ void multiply_item(PipeOf<Format, TILES>& pipe, Work<
     }
 }
 
-// Runs a job's items in this block. A Job says: `prepare()`, called by all before its items are asked for, `items()` how
-// many, `item(index)`, `rows(item)` of its matrix, `columns(group)`, `source(group,
+// Runs a job's items in this block. A Job says: `touch()` before the wait, `prepare()` before its items are asked for,
+// `share(block, room)` the first item of a block's share, `item(index)`, `rows(item)` of its matrix, `columns(group)`, `source(group,
 // column)` which row of activations and `x(group, column)` the row itself, `bias(item, row)`, `put<D>(item, column, row,
 // value, is_real)`, called by whole warps in which the neighbour of an even row is D lanes away, and whether its items
 // are known before the kernels before this one are done.
@@ -436,18 +434,18 @@ __device__ __forceinline__ void run_matvec(Job& job, u32 columns, const float* s
     const u32 warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4;
 
     if (Job::KNOWN_BEFORE) let_next_start();
+    job.touch();
     if (!Job::KNOWN_BEFORE) {
         fill_tables<Format>((u32*)shared, map, scale_values);
         wait_for_previous();
         let_next_start();
     }
     job.prepare();
-    const Share share(job.items());
-    u32 index = share.first;
-    if (threadIdx.x == 0) plan.end = share.end;
+    u32 index = job.share(blockIdx.x, stage_columns), end = job.share(blockIdx.x + 1, stage_columns);
+    if (threadIdx.x == 0) plan.end = end;
     Pipe pipe(room + warp * Pipe::WARP_BYTES, (const u32*)shared);
     Work<Format, TILES> work{(const u32*)shared, map, columns / BLOCK_COLUMNS,
-                            index < share.end ? job.item(index) : Item{}, 0, {}, {}};
+                            index < end ? job.item(index) : Item{}, 0, {}, {}};
     pipe.aim(work.item, work.blocks);
 #pragma unroll
     for (u32 i = 0; i < Pipe::HELD; i++) pipe.fetch(i, work.blocks);

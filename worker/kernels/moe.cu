@@ -8,6 +8,12 @@
 
 constexpr u32 EXPERTS_MAX = 256;
 
+// How much longer an item takes whose activations come from the second-level cache, for each so many of them.
+#if !defined(UNSTAGED_COST)
+#define UNSTAGED_COST 3
+#endif
+constexpr u32 UNSTAGED_COLUMNS = 16;
+
 // The groups as a block knows them.
 struct ExpertLists {
     u32 experts[EXPERTS_MAX];
@@ -27,7 +33,25 @@ struct ExpertJob {
     u32 length;
     u32 tiles;
 
-    __device__ __forceinline__ u32 items() const { return groups * tiles; }
+    // What an item of a group costs, in units of one whose activations are in shared memory.
+    __device__ __forceinline__ u32 cost(u32 group, u32 room) const {
+        u32 count = columns(group);
+        return count <= room ? 1 : UNSTAGED_COST * ((count + UNSTAGED_COLUMNS - 1) / UNSTAGED_COLUMNS);
+    }
+    // Blocks share the cost evenly: an expert whose tokens have no room would keep the others waiting.
+    __device__ __forceinline__ u32 share(u32 block, u32 room) const {
+        u32 total = 0;
+        for (u32 group = 0; group < groups; group++) total += cost(group, room);
+        if (total == groups) return even_share(groups * tiles, block);
+        u32 before = even_share(total * tiles, block), first = 0;
+        for (u32 group = 0; group < groups; group++) {
+            u32 each = cost(group, room), all = each * tiles;
+            if (before < all) return first + (before + each - 1) / each;
+            before -= all;
+            first += tiles;
+        }
+        return first;
+    }
     __device__ __forceinline__ Item item(u32 index) const {
         u32 group = index / tiles;
         if (group >= groups) return Item{};
@@ -91,6 +115,12 @@ template <class Base, bool IS_KNOWN_BEFORE> struct Listed : Base {
     const u32* group_count;
     u32 expert_count;
 
+    // Brings the descriptors to the first-level cache: which are needed is known late.
+    __device__ __forceinline__ void touch() const {
+        for (u32 i = threadIdx.x; i < expert_count; i += blockDim.x) {
+            keep(this->matrices[i].rows), keep((u32)(size_t)this->matrices[i].codes);
+        }
+    }
     __device__ __forceinline__ void prepare() {
         for (u32 i = threadIdx.x; i <= expert_count; i += blockDim.x) {
             if (i < expert_count) lists->experts[i] = read_through(this->experts + i);
