@@ -36,10 +36,8 @@ def stage_room(form, tiles, columns, blocks, fixed=0):
 
 
 def blocks_for(form, tokens):
-    """Blocks that a multiprocessor holds best."""
-    if tokens > 16:
-        return 1 if form != "bf16" else 2
-    return 3 if form != "bf16" and tokens == 1 else 2
+    """Blocks of a product that a multiprocessor holds best."""
+    return 3 if form != "bf16" and tokens <= 8 else 2
 
 
 class Dense:
@@ -57,7 +55,7 @@ class Dense:
         blocks = blocks or blocks_for(form, self.batch)
         self.grid = min(pieces, processors() * blocks)
         self.stage = stage_room(form, self.tiles, self.columns, blocks, PLAN)
-        if self.stage < min(self.batch, self.tiles * 8):
+        if self.stage < self.batch:
             self.stage = 0
         self.shared = shared_bytes(form, self.tiles, self.stage, self.columns, modules.get("is_turing", False))
 
@@ -96,9 +94,9 @@ class Experts:
         self.counters = cp.zeros(self.tokens + 1, cp.uint32)
         self.inner = cp.full((slots, INNER), 0x7FC0, dtype=cp.uint16)
         self.out = cp.full((slots, HIDDEN), cp.nan, dtype=cp.float32)
-        self.tiles = 1 if self.tokens <= 8 else 2
+        self.tiles = 1 if self.tokens <= 16 else 2
         form = mixture.form
-        self.blocks = blocks or blocks_for(form, min(self.tokens, 16))
+        self.blocks = blocks or (3 if self.tokens <= 4 and form != "bf16" else 2)
         self.stage = [stage_room(form, self.tiles, columns, self.blocks, EXPERT_LISTS) for columns in (HIDDEN, INNER)]
         is_turing = modules.get("is_turing", False)
         self.shared = [shared_bytes(form, self.tiles, stage, columns, is_turing)

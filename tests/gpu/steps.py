@@ -4,7 +4,7 @@ import cupy as cp
 
 from launches import (DIM, EXPERTS, HIDDEN, KV_HEADS, QUERY_HEADS, USED, VOCABULARY, Attention, Chooser, Dense, Experts,
                       Mixture, Norm)
-from weights import Weight, bf16_bits
+from weights import Weight, bf16_bits, bf16_values
 
 LAYERS = 24
 WINDOW = 128
@@ -21,7 +21,12 @@ class Model:
         for _ in range(layers):
             qkv = [Weight(form, 4096, HIDDEN, BIAS), Weight(form, 512, HIDDEN, BIAS, 4096),
                    Weight(form, 512, HIDDEN, BIAS, 4608)]
-            self.layers.append((qkv, [Weight(form, HIDDEN, 4096, BIAS)], Mixture(form, BIAS)))
+            mixture = Mixture(form, BIAS)
+            # What all tokens have in common says nothing to the router.
+            router = bf16_values(mixture.router)
+            mixture.router[:] = bf16_bits(router - router.mean(axis=1, keepdims=True))
+            mixture.gain[:] = 1
+            self.layers.append((qkv, [Weight(form, HIDDEN, 4096, BIAS)], mixture))
         self.head = [Weight(head_form, VOCABULARY, HIDDEN, bias_size=0)]
         self.embedding = bf16_bits(cp.random.standard_normal((1000, HIDDEN), dtype=cp.float32))
         self.gain = cp.ones(HIDDEN, cp.float32)

@@ -126,6 +126,15 @@ __device__ __forceinline__ bool is_last_block(u32* counter, u32 blocks, u32* fla
 // Reads what another block of this launch, or a kernel that this one has not waited for, wrote: past the first-level cache.
 template <class T> __device__ __forceinline__ T read_through(const T* from) { return __ldcg(from); }
 
+// Makes the compiler load a word although nobody looks at it.
+__device__ __forceinline__ void keep(u32 word) {
+#if defined(BULKHEAD_EMULATED)
+    (void)word;
+#else
+    asm volatile("" ::"r"(word));
+#endif
+}
+
 // A byte of a word.
 __device__ __forceinline__ u32 byte_of(u32 word, u32 byte) {
 #if defined(BULKHEAD_EMULATED)

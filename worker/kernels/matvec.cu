@@ -8,6 +8,8 @@
 // Matrices that read the same activations: a layer's q, k and v, or one alone.
 struct DenseJob {
     static constexpr bool KNOWN_BEFORE = true;
+    static constexpr u32 WAYS = 8;
+    static constexpr u32 ROWS = ITEM_ROWS<WAYS>;
     const Matrix* matrices;
     u32 matrix_count;
     const bf16* activations;
@@ -16,16 +18,17 @@ struct DenseJob {
     float* out;
     u32 out_stride;
 
+    __device__ __forceinline__ void touch() const {}
     __device__ __forceinline__ void prepare() {}
-    __device__ __forceinline__ u32 items() const {
+    __device__ __forceinline__ u32 share(u32 block, u32) const {
         u32 items = 0;
-        for (u32 i = 0; i < matrix_count; i++) items += (matrices[i].rows + MATVEC_ROWS - 1) / MATVEC_ROWS;
-        return items;
+        for (u32 i = 0; i < matrix_count; i++) items += (matrices[i].rows + ROWS - 1) / ROWS;
+        return even_share(items, block);
     }
     __device__ __forceinline__ Item item(u32 index) const {
         for (u32 i = 0; i < matrix_count; i++) {
-            u32 tiles = (matrices[i].rows + MATVEC_ROWS - 1) / MATVEC_ROWS;
-            if (index < tiles) return Item{matrices + i, index * MATVEC_ROWS, 0, 0};
+            u32 tiles = (matrices[i].rows + ROWS - 1) / ROWS;
+            if (index < tiles) return Item{matrices + i, index * ROWS, 0, 0};
             index -= tiles;
         }
         return Item{};
@@ -43,10 +46,6 @@ struct DenseJob {
         row += item.row;
         if (!is_real || row >= item.matrix->rows) return;
         out[(size_t)column * out_stride + item.matrix->output + row] = value;
-    }
-    template <u32 ROW_DISTANCE>
-    __device__ __forceinline__ void store(const Item& item, u32 column, u32 row, float total, bool is_real) const {
-        put<ROW_DISTANCE>(item, column, row, total + bias(item, row), is_real);
     }
 };
 

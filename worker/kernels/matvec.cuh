@@ -1,7 +1,7 @@
 // The product of a few activations with a 4-bit or bf16 weight: the core of matvec.cu and moe.cu.
 //
-// A block of 256 threads takes 16 rows at a time; its eight warps share the columns, a unit at a time, warp w taking units
-// w, w + 8, w + 16 and so on; their sums are added in the order of the warps. Activations are the columns of the tensor
+// A block of 256 threads takes 16 rows at a time, or 32: WAYS of its eight warps, 8 or 4, share the columns of 16 rows, a
+// unit at a time, warp w taking units w, w + WAYS and so on; their sums are added in the order of the warps. Activations are the columns of the tensor
 // cores' tiles, eight to a tile: a column's sum is the same bits whatever stands in the others, so a token's result is
 // the same alone and among many. More activations than a kernel's tiles hold are taken a piece at a time.
 //
@@ -17,7 +17,10 @@
 #include "formats.cuh"
 
 constexpr u32 MATVEC_WARPS = 8;
-constexpr u32 MATVEC_ROWS = 16;
+// Rows of a tensor core's tile.
+constexpr u32 TILE_ROWS = 16;
+// Rows that a block takes at a time where WAYS warps share the columns.
+template <u32 WAYS> constexpr u32 ITEM_ROWS = MATVEC_WARPS / WAYS * TILE_ROWS;
 // Activations in shared memory stand apart by this many more elements than they are long: no bank conflicts.
 constexpr u32 STAGE_PADDING = 8;
 
@@ -37,7 +40,7 @@ template <class Format, u32 TILES> struct Sums {
     float value[TILES][4];
 };
 
-// The activations that a lane multiplies with: a row for each tile, or null.
+// The activations that a lane multiplies with: a row for each tile.
 template <u32 TILES> struct Columns {
     const bf16* x[TILES];
 };
@@ -63,32 +66,28 @@ __device__ __forceinline__ void load_block(const Item& item, u32 block, u32 bloc
     Format::load(*item.matrix, 1, second < last ? second : last, block, blocks, held);
 }
 
-template <class Format, bool IS_SOME = false>
+template <class Format>
 __device__ __forceinline__ float load_activations(const bf16* x, u32 block, u32 (&pairs)[8]) {
-    uint4 first = make_uint4(0, 0, 0, 0), second = first;
-    if (IS_SOME || x != nullptr) {
-        const bf16* at = x + block * BLOCK_COLUMNS;
-        first = *(const uint4*)(at + Format::column(threadIdx.x % 4, 0));
-        second = *(const uint4*)(at + Format::column(threadIdx.x % 4, 1));
-    }
+    const bf16* at = x + block * BLOCK_COLUMNS;
+    uint4 first = *(const uint4*)(at + Format::column(threadIdx.x % 4, 0));
+    uint4 second = *(const uint4*)(at + Format::column(threadIdx.x % 4, 1));
     pairs[0] = first.x, pairs[1] = first.y, pairs[2] = first.z, pairs[3] = first.w;
     pairs[4] = second.x, pairs[5] = second.y, pairs[6] = second.z, pairs[7] = second.w;
     return normalise_pairs(pairs);
 }
 
 // Multiplies one block's factors with every tile's activations; a row's products count by the scale of their group.
-// IS_SOME: every lane has activations.
-template <class Format, u32 TILES, bool IS_SOME = false>
+template <class Format, u32 TILES>
 __device__ __forceinline__ void multiply_factors(const Factors& factors, const float (&upper)[Format::GROUPS],
                                                  const float (&lower)[Format::GROUPS], const Columns<TILES>& columns,
-                                                 u32 block, Sums<Format, TILES>& sums, u32 count = ~0u) {
+                                                 u32 block, Sums<Format, TILES>& sums, u32 count) {
 #pragma unroll
     for (u32 tile = 0; tile < TILES; tile++) {
         // Tiles without activations cost nothing: few experts have as many tokens as the kernel takes.
         if (tile > 0 && tile * 8 >= count) break;
         u32 pairs[8];
         float first_scale, second_scale;
-        column_scales(load_activations<Format, IS_SOME>(columns.x[tile], block, pairs), first_scale, second_scale);
+        column_scales(load_activations<Format>(columns.x[tile], block, pairs), first_scale, second_scale);
 #pragma unroll
         for (u32 group = 0; group < Format::GROUPS; group++) {
             float d[4] = {0, 0, 0, 0};
@@ -110,7 +109,7 @@ template <class Format, u32 TILES>
 __device__ __forceinline__ void multiply_block(const typename Format::Held& held, const u32* table,
                                                const ScaleSource& source, const size_t (&indices)[2],
                                                const Columns<TILES>& columns, u32 block, Sums<Format, TILES>& sums,
-                                               u32 count = ~0u) {
+                                               u32 count) {
     Factors factors;
     float row_scales[2] = {1.0f, 1.0f}, upper[Format::GROUPS], lower[Format::GROUPS];
     Format::decode(held, table, factors, row_scales);
@@ -138,7 +137,7 @@ template <class Format, u32 TILES> struct Work {
 // multiplied, `turn` multiplies what is in a slot and fetches into it, `pass` ends a round of slots.
 //
 // Through registers: a lane holds its own share. For bf16, and on Turing, whose shared memory has no room.
-template <class Format, u32 TILES> struct RegisterPipe {
+template <class Format, u32 TILES, u32 WAYS> struct RegisterPipe {
     static constexpr u32 UNIT_BLOCKS = 1;
     static constexpr u32 HELD = DEPTH<Format, TILES>;
     static constexpr u32 WARP_BYTES = 0;
@@ -150,35 +149,39 @@ template <class Format, u32 TILES> struct RegisterPipe {
     size_t indices[2];
 
     __device__ __forceinline__ RegisterPipe(u8*, const u32*) : held{} {}
-    __device__ __forceinline__ void aim(const Item& item, u32) { aimed = item, fetched = threadIdx.x / WARP; }
-    __device__ __forceinline__ void advance() { fetched += HELD * MATVEC_WARPS; }
+    __device__ __forceinline__ void aim(const Item& item, u32) {
+        aimed = item, fetched = threadIdx.x / WARP % WAYS;
+        aimed.row += threadIdx.x / WARP / WAYS * TILE_ROWS;
+    }
+    __device__ __forceinline__ void advance() { fetched += HELD * WAYS; }
     __device__ __forceinline__ void fetch(u32 slot, u32 blocks) {
-        load_block<Format>(aimed, fetched + slot * MATVEC_WARPS, blocks, held[slot]);
+        load_block<Format>(aimed, fetched + slot * WAYS, blocks, held[slot]);
     }
     __device__ __forceinline__ void begin(const Work<Format, TILES>& work) {
         const Matrix& matrix = *work.item.matrix;
         source = ScaleSource{work.map, matrix.nested, matrix.offset};
-        u32 last = matrix.rows - 1, first = work.item.row + threadIdx.x % WARP / 4;
+        u32 last = matrix.rows - 1;
+        u32 first = work.item.row + threadIdx.x / WARP / WAYS * TILE_ROWS + threadIdx.x % WARP / 4;
         indices[0] = (size_t)(first < last ? first : last) * work.blocks;
         indices[1] = (size_t)(first + 8 < last ? first + 8 : last) * work.blocks;
-        multiplied = threadIdx.x / WARP;
+        multiplied = threadIdx.x / WARP % WAYS;
     }
     __device__ __forceinline__ void turn(u32 slot, Work<Format, TILES>& work) {
         typename Format::Held now = held[slot];
         fetch(slot, work.blocks);
-        u32 block = multiplied + slot * MATVEC_WARPS;
+        u32 block = multiplied + slot * WAYS;
         if (block < work.blocks) {
             multiply_block<Format, TILES>(now, work.table, source, indices, work.own, block, work.sums, work.count);
         }
     }
-    __device__ __forceinline__ void pass(Work<Format, TILES>&) { multiplied += HELD * MATVEC_WARPS; }
+    __device__ __forceinline__ void pass(Work<Format, TILES>&) { multiplied += HELD * WAYS; }
 };
 
 // Units of two blocks that a warp of SharedPipe holds.
 #if !defined(SHARED_DEPTH)
 #define SHARED_DEPTH 3
 #endif
-constexpr u32 UNIT_BYTES = 2 * MATVEC_ROWS * 32;
+constexpr u32 UNIT_BYTES = 2 * TILE_ROWS * 32;
 
 // Through shared memory, copied past the registers: 4-bit codes [block of the unit][row][32 bytes], 16 bytes a lane and
 // copy, so that a unit's row is 64 bytes in one place. A lane keeps one scale of a unit, of row lane / 4 (8 below for the
@@ -186,12 +189,12 @@ constexpr u32 UNIT_BYTES = 2 * MATVEC_ROWS * 32;
 //
 // What a lane needs for a unit is a fixed distance from what it needs for the one before, so addresses are made once an
 // item: multiplying is bound by the number of instructions.
-template <class Format, u32 TILES> struct SharedPipe {
+template <class Format, u32 TILES, u32 WAYS> struct SharedPipe {
     static constexpr u32 UNIT_BLOCKS = 2;
     static constexpr u32 HELD = SHARED_DEPTH;
     static constexpr u32 WARP_BYTES = HELD * UNIT_BYTES;
     // Blocks from one unit of a warp to its next.
-    static constexpr u32 STEP = MATVEC_WARPS * UNIT_BLOCKS;
+    static constexpr u32 STEP = WAYS * UNIT_BLOCKS;
     typename Format::Scale scales[HELD];
     Near own_table;
     Near own_codes;       // in the slots: where the lane takes its codes from
@@ -215,9 +218,9 @@ template <class Format, u32 TILES> struct SharedPipe {
         aimed_left = 0;
         if (item.matrix == nullptr) return;
         const Matrix& matrix = *item.matrix;
-        u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WAYS;
         // Rows past the end are read from the last one and never written.
-        u32 last = matrix.rows - 1, first = item.row + lane / 4, own = first + lane % 4 / 2 * 8, second = first + 8;
+        u32 last = matrix.rows - 1, first = item.row + threadIdx.x / WARP / WAYS * TILE_ROWS + lane / 4, own = first + lane % 4 / 2 * 8, second = first + 8;
         first = first < last ? first : last, second = second < last ? second : last;
         codes = matrix.codes + warp * 64 + lane % 4 * 16 + (size_t)first * blocks * 32;
         lower = (second - first) * blocks * 32;
@@ -245,7 +248,7 @@ template <class Format, u32 TILES> struct SharedPipe {
     }
     __device__ __forceinline__ void begin(Work<Format, TILES>& work) {
         offset = work.item.matrix->offset;
-        u32 warp = threadIdx.x / WARP;
+        u32 warp = threadIdx.x / WARP % WAYS;
         blocks_left = (int)(work.blocks - warp * UNIT_BLOCKS);
 #pragma unroll
         for (u32 tile = 0; tile < TILES; tile++) work.own.x[tile] += warp * UNIT_BLOCKS * BLOCK_COLUMNS;
@@ -278,84 +281,99 @@ template <class Format, u32 TILES> struct SharedPipe {
                 upper[i] = Format::spread(upper_word, i);
                 lower[i] = Format::spread(lower_word, i);
             }
-            multiply_factors<Format, TILES, true>(factors, upper, lower, work.own, slot * STEP + half, work.sums,
+            multiply_factors<Format, TILES>(factors, upper, lower, work.own, slot * STEP + half, work.sums,
                                                   work.count);
         }
     }
 };
 
 #if defined(BULKHEAD_HALF)
-template <class Format, u32 TILES> struct PipeOf : RegisterPipe<Format, TILES> {
-    using RegisterPipe<Format, TILES>::RegisterPipe;
+template <class Format, u32 TILES, u32 WAYS> struct PipeOf : RegisterPipe<Format, TILES, WAYS> {
+    using RegisterPipe<Format, TILES, WAYS>::RegisterPipe;
 };
 #else
-template <class Format, u32 TILES> struct PipeOf : SharedPipe<Format, TILES> {
-    using SharedPipe<Format, TILES>::SharedPipe;
+template <class Format, u32 TILES, u32 WAYS> struct PipeOf : SharedPipe<Format, TILES, WAYS> {
+    using SharedPipe<Format, TILES, WAYS>::SharedPipe;
 };
-template <u32 TILES> struct PipeOf<Bf16, TILES> : RegisterPipe<Bf16, TILES> {
-    using RegisterPipe<Bf16, TILES>::RegisterPipe;
+template <u32 TILES, u32 WAYS> struct PipeOf<Bf16, TILES, WAYS> : RegisterPipe<Bf16, TILES, WAYS> {
+    using RegisterPipe<Bf16, TILES, WAYS>::RegisterPipe;
 };
 #endif
 
 // Blocks of a kernel that a multiprocessor is to hold: registers are given out by it.
 template <class Format, u32 TILES>
-constexpr u32 BLOCKS_HELD = TILES == 4 ? 1 : TILES == 1 && PipeOf<Format, TILES>::WARP_BYTES != 0 ? 3 : 2;
+constexpr u32 BLOCKS_HELD = TILES == 4 ? 1 : TILES == 1 && PipeOf<Format, TILES, 1>::WARP_BYTES != 0 ? 3 : 2;
 
 // Sums of the warps: two sets, taken in turn, where they are small, so that one barrier an item is enough.
-template <u32 TILES> constexpr u32 SUM_BYTES = TILES * 8 * MATVEC_ROWS * MATVEC_WARPS * 4;
+template <u32 TILES> constexpr u32 SUM_BYTES = TILES * 8 * TILE_ROWS * MATVEC_WARPS * 4;
 template <u32 TILES> constexpr u32 SUM_SETS = TILES == 1 ? 2 : 1;
 
 // Puts a warp's sums where the others see them after a barrier: [warp][column][row].
 template <class Format, u32 TILES>
 __device__ __forceinline__ void show_sums(const Sums<Format, TILES>& sums, u32 count, float* slots) {
     u32 lane = threadIdx.x % WARP, row = lane / 4, column = lane % 4 * 2;
-    float* own = slots + threadIdx.x / WARP * (TILES * 8 * MATVEC_ROWS);
+    float* own = slots + threadIdx.x / WARP * (TILES * 8 * TILE_ROWS);
 #pragma unroll
     for (u32 tile = 0; tile < TILES; tile++) {
         if (tile * 8 + column >= count) break;
-        float* at = own + (tile * 8 + column) * MATVEC_ROWS + row;
+        float* at = own + (tile * 8 + column) * TILE_ROWS + row;
         at[0] = sums.value[tile][0];
-        at[MATVEC_ROWS] = sums.value[tile][1];
+        at[TILE_ROWS] = sums.value[tile][1];
         at[8] = sums.value[tile][2];
-        at[MATVEC_ROWS + 8] = sums.value[tile][3];
+        at[TILE_ROWS + 8] = sums.value[tile][3];
     }
 }
 
-// Adds up the warps' sums and hands them to the job: thread 16 * c + r has row r of column c.
-template <class Format, u32 TILES, class Job>
-__device__ __forceinline__ void collect_sums(const Job& job, const Item& item, u32 count, float bias, const float* slots) {
-    constexpr u32 SIZE = TILES * 8 * MATVEC_ROWS;
-#pragma unroll 1
-    for (u32 at = threadIdx.x; at < SIZE; at += MATVEC_WARPS * WARP) {
-        // A warp has two columns: it goes on as a whole.
-        if (at / WARP * 2 >= count) break;
-        u32 column = at / MATVEC_ROWS;
-        float total = 0;
+// The rows' biases that a thread is to add: of each tile of rows that it collects.
+template <u32 TILES, u32 WAYS> struct Biases {
+    // With one tile of activations the block's threads are enough for all tiles of rows at once.
+    static constexpr u32 COUNT = TILES == 1 ? 1 : MATVEC_WARPS / WAYS;
+    float value[COUNT];
+    template <class Job> __device__ __forceinline__ Biases(const Job& job, const Item& item) {
 #pragma unroll
-        for (u32 warp = 0; warp < MATVEC_WARPS; warp++) total += slots[warp * SIZE + at];
-        job.template put<1>(item, item.first_column + column, at % MATVEC_ROWS, total + bias, column < count);
+        for (u32 i = 0; i < COUNT; i++) value[i] = job.bias(item, row(i));
     }
-}
-
-// The block's share of a job's items: neighbours, and so that the blocks of a multiprocessor have alike many.
-struct Share {
-    u32 first;
-    u32 end;
-    __device__ __forceinline__ explicit Share(u32 items) {
-        u32 all = items / gridDim.x, more = items % gridDim.x;
-        first = blockIdx.x * all + (blockIdx.x < more ? blockIdx.x : more);
-        end = first + all + (blockIdx.x < more ? 1 : 0);
+    __device__ static __forceinline__ u32 row(u32 i) {
+        return (TILES == 1 ? threadIdx.x / (8 * TILE_ROWS) : i) * TILE_ROWS + threadIdx.x % TILE_ROWS;
     }
 };
 
+// Adds up the warps' sums and hands them to the job: of each tile of rows, thread 16 * c + r has row r of column c.
+template <u32 TILES, u32 WAYS, class Job>
+__device__ __forceinline__ void collect_sums(const Job& job, const Item& item, u32 count, const Biases<TILES, WAYS>& biases,
+                                             const float* slots) {
+    constexpr u32 SIZE = TILES * 8 * TILE_ROWS;
+#pragma unroll
+    for (u32 i = 0; i < Biases<TILES, WAYS>::COUNT; i++) {
+        u32 row = Biases<TILES, WAYS>::row(i);
+        if (row >= ITEM_ROWS<WAYS>) break;
+        const float* own = slots + row / TILE_ROWS * WAYS * SIZE;
+#pragma unroll 1
+        for (u32 at = TILES == 1 ? threadIdx.x % SIZE : threadIdx.x; at < SIZE; at += MATVEC_WARPS * WARP) {
+            // A warp has two columns: it goes on as a whole.
+            if (at / WARP * 2 >= count) break;
+            u32 column = at / TILE_ROWS;
+            float total = 0;
+#pragma unroll
+            for (u32 way = 0; way < WAYS; way++) total += own[way * SIZE + at];
+            job.template put<1>(item, item.first_column + column, row, total + biases.value[i], column < count);
+        }
+    }
+}
+
+// The first item of a block's share where all cost alike: neighbours, and the blocks of a multiprocessor have alike many.
+__device__ __forceinline__ u32 even_share(u32 items, u32 block) {
+    u32 all = items / gridDim.x, more = items % gridDim.x;
+    return block * all + (block < more ? block : more);
+}
+
 // The item after one, whose number is `index`: the same rows for the group's next activations, or the next rows.
-template <u32 TILES, class Job>
-__device__ __forceinline__ Item next_item(const Job& job, Item item, u32& index, u32 end) {
+template <u32 TILES, class Job> __device__ __forceinline__ Item next_item(const Job& job, Item item, u32& index, u32 end) {
     item.first_column += TILES * 8;
     if (item.first_column < job.columns(item.group)) return item;
     if (++index >= end) return Item{};
-    if (item.row + MATVEC_ROWS >= job.rows(item)) return job.item(index);
-    item.row += MATVEC_ROWS;
+    if (item.row + ITEM_ROWS<Job::WAYS> >= job.rows(item)) return job.item(index);
+    item.row += ITEM_ROWS<Job::WAYS>;
     item.first_column = 0;
     return item;
 }
@@ -384,11 +402,14 @@ struct Stage {
         group = item.group;
         if (count == 1 && alone == first) return true;
         alone = count == 1 ? first : ~0u;
+        // Asked for at once, not row after row: the wait is one trip to memory. The weights on their way are waited for too.
         for (u32 column = 0; column < count; column++) {
-            uint4* to = (uint4*)(rows + column * (columns + STAGE_PADDING));
-            const uint4* from = (const uint4*)job.x(item.group, column);
-            for (u32 i = threadIdx.x; i < columns / 8; i += blockDim.x) to[i] = from[i];
+            const bf16* from = job.x(item.group, column);
+            bf16* to = rows + column * (columns + STAGE_PADDING);
+            for (u32 i = threadIdx.x * 8; i < columns; i += blockDim.x * 8) start_copy<16>(near_of(to + i), from + i);
         }
+        end_copies();
+        wait_for_copies<0>();
         __syncthreads();
         return true;
     }
@@ -401,10 +422,11 @@ template <u32 TILES, class Job> __device__ __forceinline__ u32 count_columns(con
 }
 
 // Multiplies an item and starts to fetch the next one; `aim` has been called for the item, and its first units are held.
-template <class Format, u32 TILES>
-__device__ __forceinline__ void multiply_item(PipeOf<Format, TILES>& pipe, Work<Format, TILES>& work, const Item& next) {
-    using Pipe = PipeOf<Format, TILES>;
-    constexpr u32 ROUND = MATVEC_WARPS * Pipe::HELD * Pipe::UNIT_BLOCKS;
+template <u32 WAYS, class Format, u32 TILES>
+__device__ __forceinline__ void multiply_item(PipeOf<Format, TILES, WAYS>& pipe, Work<Format, TILES>& work,
+                                              const Item& next) {
+    using Pipe = PipeOf<Format, TILES, WAYS>;
+    constexpr u32 ROUND = WAYS * Pipe::HELD * Pipe::UNIT_BLOCKS;
     pipe.begin(work);
     work.sums = {};
     for (u32 done = 0; done < work.blocks; done += ROUND) {
@@ -419,14 +441,15 @@ __device__ __forceinline__ void multiply_item(PipeOf<Format, TILES>& pipe, Work<
     }
 }
 
-// Runs a job's items in this block. A Job says: `prepare()`, called by all before its items are asked for, `items()` how
-// many, `item(index)`, `rows(item)` of its matrix, `columns(group)`, `source(group,
+// Runs a job's items in this block. A Job says: `touch()` before the wait, `prepare()` before its items are asked for,
+// `share(block, room)` the first item of a block's share, `item(index)`, `rows(item)` of its matrix, `columns(group)`, `source(group,
 // column)` which row of activations and `x(group, column)` the row itself, `bias(item, row)`, `put<D>(item, column, row,
 // value, is_real)`, called by whole warps in which the neighbour of an even row is D lanes away, and whether its items
 // are known before the kernels before this one are done.
 template <class Format, u32 TILES, class Job>
 __device__ __forceinline__ void run_matvec(Job& job, u32 columns, const float* scale_values, u32 stage_columns) {
-    using Pipe = PipeOf<Format, TILES>;
+    constexpr u32 WAYS = Job::WAYS;
+    using Pipe = PipeOf<Format, TILES, WAYS>;
     SHARED_BYTES(shared);
     __shared__ Plan plan;
     float* map = (float*)(shared + Format::TABLE_BYTES);
@@ -436,18 +459,18 @@ __device__ __forceinline__ void run_matvec(Job& job, u32 columns, const float* s
     const u32 warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4;
 
     if (Job::KNOWN_BEFORE) let_next_start();
+    job.touch();
     if (!Job::KNOWN_BEFORE) {
         fill_tables<Format>((u32*)shared, map, scale_values);
         wait_for_previous();
         let_next_start();
     }
     job.prepare();
-    const Share share(job.items());
-    u32 index = share.first;
-    if (threadIdx.x == 0) plan.end = share.end;
+    u32 index = job.share(blockIdx.x, stage_columns), end = job.share(blockIdx.x + 1, stage_columns);
+    if (threadIdx.x == 0) plan.end = end;
     Pipe pipe(room + warp * Pipe::WARP_BYTES, (const u32*)shared);
     Work<Format, TILES> work{(const u32*)shared, map, columns / BLOCK_COLUMNS,
-                            index < share.end ? job.item(index) : Item{}, 0, {}, {}};
+                            index < end ? job.item(index) : Item{}, 0, {}, {}};
     pipe.aim(work.item, work.blocks);
 #pragma unroll
     for (u32 i = 0; i < Pipe::HELD; i++) pipe.fetch(i, work.blocks);
@@ -463,7 +486,7 @@ __device__ __forceinline__ void run_matvec(Job& job, u32 columns, const float* s
         work.count = count_columns<TILES>(job, work.item);
         if (threadIdx.x == 0) plan.items[turn % 2] = work.item;
         // Asked for now: at the end it would be waited for.
-        float bias = job.bias(work.item, threadIdx.x % MATVEC_ROWS);
+        Biases<TILES, WAYS> biases(job, work.item);
         // Two copies of the product, so that the compiler knows where the activations are. A lane without an activation
         // takes another's: what it multiplies is not looked at.
         if (stage.hold(job, work.item, columns)) {
@@ -472,21 +495,21 @@ __device__ __forceinline__ void run_matvec(Job& job, u32 columns, const float* s
                 u32 column = first_column + (tile * 8 + group < work.count ? tile * 8 + group : 0);
                 work.own.x[tile] = stage.rows + column * (columns + STAGE_PADDING);
             }
-            multiply_item<Format, TILES>(pipe, work, next);
+            multiply_item<WAYS, Format, TILES>(pipe, work, next);
         } else {
 #pragma unroll
             for (u32 tile = 0; tile < TILES; tile++) {
                 u32 column = first_column + (tile * 8 + group < work.count ? tile * 8 + group : 0);
                 work.own.x[tile] = job.x(work.item.group, column);
             }
-            multiply_item<Format, TILES>(pipe, work, next);
+            multiply_item<WAYS, Format, TILES>(pipe, work, next);
         }
         work.item = next;
         float* own = slots + turn % SUM_SETS<TILES> * (SUM_BYTES<TILES> / 4);
         show_sums<Format, TILES>(work.sums, work.count, own);
         __syncthreads();
         Item item = plan.items[turn % 2];
-        collect_sums<Format, TILES>(job, item, count_columns<TILES>(job, item), bias, own);
+        collect_sums<TILES, WAYS>(job, item, count_columns<TILES>(job, item), biases, own);
         if (SUM_SETS<TILES> == 1) __syncthreads();
     }
 }

@@ -8,6 +8,17 @@
 
 constexpr u32 EXPERTS_MAX = 256;
 
+// How much longer an item takes whose activations come from the second-level cache, for each so many of them.
+#if !defined(UNSTAGED_COST)
+#define UNSTAGED_COST 3
+#endif
+constexpr u32 UNSTAGED_COLUMNS = 16;
+
+// Four warps share the columns: an expert's rows are many, and each item costs as much beside its products.
+#if !defined(EXPERT_WAYS)
+#define EXPERT_WAYS 4
+#endif
+
 // The groups as a block knows them.
 struct ExpertLists {
     u32 experts[EXPERTS_MAX];
@@ -17,6 +28,8 @@ struct ExpertLists {
 
 // The chosen experts' matrices with the slots that each one serves.
 struct ExpertJob {
+    static constexpr u32 WAYS = EXPERT_WAYS;
+    static constexpr u32 ROWS = ITEM_ROWS<WAYS>;
     const Matrix* matrices;
     u32 groups;
     const u32* experts;
@@ -27,13 +40,31 @@ struct ExpertJob {
     u32 length;
     u32 tiles;
 
-    __device__ __forceinline__ u32 items() const { return groups * tiles; }
+    // What an item of a group costs, in units of one whose activations are in shared memory.
+    __device__ __forceinline__ u32 cost(u32 group, u32 room) const {
+        u32 count = columns(group);
+        return count <= room ? 1 : UNSTAGED_COST * ((count + UNSTAGED_COLUMNS - 1) / UNSTAGED_COLUMNS);
+    }
+    // Blocks share the cost evenly: an expert whose tokens have no room would keep the others waiting.
+    __device__ __forceinline__ u32 share(u32 block, u32 room) const {
+        u32 total = 0;
+        for (u32 group = 0; group < groups; group++) total += cost(group, room);
+        if (total == groups) return even_share(groups * tiles, block);
+        u32 before = even_share(total * tiles, block), first = 0;
+        for (u32 group = 0; group < groups; group++) {
+            u32 each = cost(group, room), all = each * tiles;
+            if (before < all) return first + (before + each - 1) / each;
+            before -= all;
+            first += tiles;
+        }
+        return first;
+    }
     __device__ __forceinline__ Item item(u32 index) const {
         u32 group = index / tiles;
         if (group >= groups) return Item{};
-        return Item{matrices + experts[group], (index - group * tiles) * MATVEC_ROWS, group, 0};
+        return Item{matrices + experts[group], (index - group * tiles) * ROWS, group, 0};
     }
-    __device__ __forceinline__ u32 rows(const Item&) const { return tiles * MATVEC_ROWS; }
+    __device__ __forceinline__ u32 rows(const Item&) const { return tiles * ROWS; }
     __device__ __forceinline__ u32 columns(u32 group) const { return firsts[group + 1] - firsts[group]; }
     __device__ __forceinline__ u32 slot(u32 group, u32 column) const { return read_through(slots + firsts[group] + column); }
     __device__ __forceinline__ u32 source(u32 group, u32 column) const { return slot(group, column) / slots_per_row; }
@@ -62,10 +93,6 @@ struct GateUpJob : ExpertJob {
         float result = (up + 1.0f) * (gate / (1.0f + expf(-alpha * gate)));
         out[(size_t)slot(item.group, column) * (item.matrix->rows / 2) + row / 2] = narrow(result);
     }
-    template <u32 ROW_DISTANCE>
-    __device__ __forceinline__ void store(const Item& item, u32 column, u32 row, float total, bool is_real) const {
-        put<ROW_DISTANCE>(item, column, row, total + bias(item, row), is_real);
-    }
 };
 
 struct DownJob : ExpertJob {
@@ -77,10 +104,6 @@ struct DownJob : ExpertJob {
         if (!is_real || row >= item.matrix->rows) return;
         out[(size_t)slot(item.group, column) * item.matrix->rows + row] = value;
     }
-    template <u32 ROW_DISTANCE>
-    __device__ __forceinline__ void store(const Item& item, u32 column, u32 row, float total, bool is_real) const {
-        put<ROW_DISTANCE>(item, column, row, total + bias(item, row), is_real);
-    }
 };
 
 // A job whose groups come through shared memory: one trip for all of them. The down projection's may be read before the
@@ -91,6 +114,12 @@ template <class Base, bool IS_KNOWN_BEFORE> struct Listed : Base {
     const u32* group_count;
     u32 expert_count;
 
+    // Brings the descriptors to the first-level cache: which are needed is known late.
+    __device__ __forceinline__ void touch() const {
+        for (u32 i = threadIdx.x; i < expert_count; i += blockDim.x) {
+            keep(this->matrices[i].rows), keep((u32)(size_t)this->matrices[i].codes);
+        }
+    }
     __device__ __forceinline__ void prepare() {
         for (u32 i = threadIdx.x; i <= expert_count; i += blockDim.x) {
             if (i < expert_count) lists->experts[i] = read_through(this->experts + i);
@@ -111,7 +140,7 @@ template <class Base, bool IS_KNOWN_BEFORE> struct Listed : Base {
         float limit, bf16* inner, const float* scale_values, u32 stage_columns) {                                      \
         __shared__ ExpertLists lists;                                                                                  \
         ExpertJob base{matrices, 0, group_experts, group_firsts, group_slots, x, used, columns,                        \
-                       (rows + MATVEC_ROWS - 1) / MATVEC_ROWS};                                                        \
+                       (rows + ExpertJob::ROWS - 1) / ExpertJob::ROWS};                                                        \
         Listed<GateUpJob, false> job{{base, inner, alpha, limit}, &lists, group_count, experts};                       \
         run_matvec<FORMAT, TILES>(job, columns, scale_values, stage_columns);                                          \
     }                                                                                                                  \
@@ -121,7 +150,7 @@ template <class Base, bool IS_KNOWN_BEFORE> struct Listed : Base {
         const float* scale_values, u32 stage_columns) {                                                                \
         __shared__ ExpertLists lists;                                                                                  \
         ExpertJob base{matrices, 0, group_experts, group_firsts, group_slots, inner, 1, columns,                       \
-                       (rows + MATVEC_ROWS - 1) / MATVEC_ROWS};                                                        \
+                       (rows + ExpertJob::ROWS - 1) / ExpertJob::ROWS};                                                        \
         Listed<DownJob, true> job{{base, out}, &lists, group_count, experts};                                          \
         run_matvec<FORMAT, TILES>(job, columns, scale_values, stage_columns);                                          \
     }

@@ -72,8 +72,8 @@ const FAULTS: [Fault; 16] = [
     Fault {
         name: "no barrier before the sums are collected",
         file: "matvec.cuh",
-        from: "        __syncthreads();\n        collect_sums",
-        to: "        collect_sums",
+        from: "        __syncthreads();\n        Item item = plan",
+        to: "        Item item = plan",
     },
     Fault {
         name: "no barrier after the sums are collected",
@@ -96,8 +96,8 @@ const FAULTS: [Fault; 16] = [
     Fault {
         name: "one warp's sum left out",
         file: "matvec.cuh",
-        from: "for (u32 warp = 0; warp < MATVEC_WARPS; warp++) total",
-        to: "for (u32 warp = 1; warp < MATVEC_WARPS; warp++) total",
+        from: "for (u32 way = 0; way < WAYS; way++) total",
+        to: "for (u32 way = 1; way < WAYS; way++) total",
     },
     Fault {
         name: "activations past a kernel's tiles forgotten",
@@ -108,8 +108,8 @@ const FAULTS: [Fault; 16] = [
     Fault {
         name: "a block's share one short",
         file: "matvec.cuh",
-        from: "end = first + all + (blockIdx.x < more ? 1 : 0);",
-        to: "end = first + all;",
+        from: "return block * all + (block < more ? block : more);",
+        to: "return block * all;",
     },
     Fault {
         name: "the bias of the first matrix for all",
