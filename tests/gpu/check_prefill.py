@@ -18,12 +18,13 @@ from weights import FORMATS, Weight, bf16_bits, bf16_values, descriptors, scale_
 
 KERNELS = pathlib.Path(__file__).resolve().parents[2] / "worker" / "kernels"
 SOURCES = ("matmul", "moe_many", "prefill")
+SOURCES_90A = ("prompt_90a",)
 QUERY_HEADS, KV_HEADS, DIM = 64, 8, 64
 
 
-def build(arguments, suffix, folder):
+def build(arguments, suffix, folder, sources=SOURCES):
     jobs = []
-    for source in SOURCES:
+    for source in sources:
         target = folder / f"{source}.{suffix}"
         command = ["nvcc", "-std=c++17", "-O3", *arguments, "-o", str(target), str(KERNELS / f"{source}.cu")]
         jobs.append((source, target, subprocess.Popen(command)))
@@ -40,7 +41,7 @@ def tolerance(form):
 
 def shared_bytes(form, tokens, card):
     if card == "90a":
-        return 4 * (tokens * 128 + (16384 if form == "bf16" else 0)) + tokens * 4 + 2080 + 1024
+        return 4 * (tokens * 128 + (16384 if form == "bf16" else 0)) + tokens * 4 + 5248
     if card == "75":
         return min(tokens, 64) * 132 + 16384 + 1024 + 2080
     return 3 * tokens * 128 + (3 if form == "bf16" else 2) * 16384 + 2080
@@ -49,7 +50,7 @@ def shared_bytes(form, tokens, card):
 def product_size(kind, card):
     """Tokens of a tile, threads, blocks for each multiprocessor, and the end of the kernel's name."""
     if card == "90a":
-        return (256, 256, 1, "_90a") if kind == "many" else (64, 256, 2, "_90a")
+        return 256, 256, 1, "_90a"
     return (128, 128, 2, "") if kind == "many" else (32, 128, 4, "")
 
 
@@ -242,11 +243,11 @@ def check_products(modules, forms, card=None):
             whole.launch()
             report(f"matmul {form} {rows} x {columns}", whole.out, expected, tolerance(form))
             parts = []
-            for start, end in ((0, 1), (1, 65), (65, 300)):
+            for start, end in ((0, 1), (1, 65), (65, 180), (180, 300)):
                 part = Dense(modules, weights, cp.ascontiguousarray(x[start:end]), card)
                 part.launch()
                 parts.append(part.out)
-            same("  at once and in 1, 64 and 235 tokens", cp.concatenate(parts), whole.out)
+            same("  at once and in 1, 64, 115 and 120 tokens", cp.concatenate(parts), whole.out)
 
 
 def check_experts(modules, forms, card=None):
@@ -257,7 +258,8 @@ def check_experts(modules, forms, card=None):
         out, weights = experts.expected()
         report(f"choice, {form}", experts.weights, weights, 1e-5)
         report(f"gate_up and down, {form}", experts.out, out, tolerance(form) + 3e-3)
-        for kind, tokens in (("few", 700), ("few", 33), ("many", 33)):
+        few = "many" if card == "90a" else "few"
+        for kind, tokens in ((few, 700), (few, 33), ("many", 33), ("many", 1)):
             other = Experts(modules, form, tokens, experts, kind, card)
             other.route()
             other.products()
@@ -310,7 +312,7 @@ def line(title, time, operations, rate):
     print(f"{title:40} {time:9.1f} us {operations / time / 1e6:7.1f} TFLOP/s {share}", flush=True)
 
 
-def time_products(modules, forms, rate, card=None, sizes=(8192, 2048, 512, 128)):
+def time_products(modules, forms, rate, card=None, sizes=(8192, 2048, 1024, 512, 128)):
     for form in forms:
         qkv_weights = [Weight(form, 4096, HIDDEN), Weight(form, 512, HIDDEN, output=4096),
                        Weight(form, 512, HIDDEN, output=4608)]
@@ -325,7 +327,7 @@ def time_products(modules, forms, rate, card=None, sizes=(8192, 2048, 512, 128))
                 line(f"{form} {name} {tokens}", time, job.operations(), rate)
                 total, operations = total + time, operations + job.operations()
             best = None
-            for kind in ("many", "few") if tokens <= 512 else ("many",):
+            for kind in ("many", "few") if tokens <= 512 and card != "90a" else ("many",):
                 experts = Experts(modules, form, tokens, full, kind, card)
                 experts.route()
                 times = [microseconds(lambda: experts.products((part,)), 9) for part in ("gate_up", "down")]
@@ -341,10 +343,17 @@ def time_products(modules, forms, rate, card=None, sizes=(8192, 2048, 512, 128))
 
 def main():
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        modules = build([f"-arch=sm_{cp.cuda.Device().compute_capability}", "-cubin"], "cubin", folder)
-        guarded(check_products, modules, FORMATS)
-        guarded(check_experts, modules, FORMATS)
+        folder, capability = pathlib.Path(name), cp.cuda.Device().compute_capability
+        modules = build([f"-arch=sm_{capability}", "-cubin"], "cubin", folder)
+        cards = [None]
+        if capability == "90":
+            target = "-gencode=arch=compute_90a,code=sm_90a"
+            modules.update(build([target, "-cubin"], "cubin", folder, SOURCES_90A))
+            cards.append("90a")
+        for card in cards:
+            print(f"products by {'wgmma' if card else 'mma'}")
+            guarded(check_products, modules, FORMATS, card)
+            guarded(check_experts, modules, FORMATS, card)
         guarded(check_router, modules)
         guarded(check_attention, modules)
         print("the same checks with Turing's code, compiled for this card by the driver")
@@ -356,7 +365,9 @@ def main():
             rate = product_rate()
             print(f"product in bf16, 8192 x 8192 x 8192: {rate / 1e6 if rate else 0:.0f} TFLOP/s")
             guarded(time_attention, modules, rate)
-            guarded(time_products, modules, FORMATS, rate)
+            for card in cards:
+                print(f"products by {'wgmma' if card else 'mma'}")
+                guarded(time_products, modules, FORMATS, rate, card)
     print(f"failed: {failures}" if failures else "every check passed")
     sys.exit(1 if failures else 0)
 

@@ -32,8 +32,10 @@ struct PromptJob {
     }
     // All rows of the first tokens come first: blocks that run together share the activations.
     template <u32 TOKENS> __device__ __forceinline__ Piece find_piece(u32 index) const {
-        u32 token = index / row_pieces * TOKENS, rest = index % row_pieces;
-        if (token >= tokens) return Piece{};
+        u32 token = index / row_pieces * TOKENS;
+        return token < tokens ? rows_of(index % row_pieces, token) : Piece{};
+    }
+    __device__ __forceinline__ Piece rows_of(u32 rest, u32 token) const {
         for (u32 i = 0; i < matrix_count; i++) {
             u32 pieces = (matrices[i].rows + MATMUL_ROWS - 1) / MATMUL_ROWS;
             if (rest < pieces) return Piece{matrices + i, rest * MATMUL_ROWS, 0, token, tokens};
@@ -70,16 +72,21 @@ struct GroupedJob {
         piece_firsts = room;
         token_pieces = room[groups];
     }
+    // The group that a piece belongs to, by the number of pieces before each group.
+    __device__ __forceinline__ u32 group_of(const u32* list, u32 piece) const {
+        u32 group = 0, after = groups;
+        while (after - group > 1) {
+            u32 middle = (group + after) / 2;
+            if (list[middle] <= piece) group = middle;
+            else after = middle;
+        }
+        return group;
+    }
     // All rows of a group's first tokens come first: blocks that run together share activations and weights.
     template <u32 TOKENS> __device__ __forceinline__ Piece find_piece(u32 index) const {
         u32 own = index / row_pieces;
         if (own >= token_pieces) return Piece{};
-        u32 group = 0, after = groups;
-        while (after - group > 1) {
-            u32 middle = (group + after) / 2;
-            if (piece_firsts[middle] <= own) group = middle;
-            else after = middle;
-        }
+        u32 group = group_of(piece_firsts, own);
         return Piece{matrices + experts[group], (index - own * row_pieces) * MATMUL_ROWS, group,
                      (own - piece_firsts[group]) * TOKENS, firsts[group + 1] - firsts[group]};
     }

@@ -28,23 +28,22 @@ template <u32 PENDING> __device__ __forceinline__ void wait_for_products() {
 }
 
 // Keeps the compiler from moving a use of these registers across this place.
-template <class T, u32 COUNT> __device__ __forceinline__ void pin(T (&registers)[COUNT]) {
+template <u32 COUNT> __device__ __forceinline__ void pin(float (&registers)[COUNT]) {
 #pragma unroll
-    for (u32 i = 0; i < COUNT; i++) {
-        if constexpr (sizeof(T) == 4 && T(0.5f) != T(0)) asm volatile("" : "+f"(registers[i])::"memory");
-        else asm volatile("" : "+r"(registers[i])::"memory");
-    }
+    for (u32 i = 0; i < COUNT; i++) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
 #define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, (i) + 4), SUMS_4(d, (i) + 8), SUMS_4(d, (i) + 12)
+#define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, (i) + 16)
+#define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, (i) + 32)
 
 __device__ __forceinline__ void multiply_wide(float (&d)[32], const u32 (&a)[4], u64 b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
                  "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-                 : SUMS_16(d, 0), SUMS_16(d, 16)
+                 : SUMS_32(d, 0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
@@ -53,7 +52,29 @@ __device__ __forceinline__ void multiply_wide(float (&d)[32], u64 a, u64 b) {
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
                  "}, %32, %33, 1, 1, 1, 0, 0;"
-                 : SUMS_16(d, 0), SUMS_16(d, 16)
+                 : SUMS_32(d, 0)
+                 : "l"(a), "l"(b));
+}
+
+__device__ __forceinline__ void multiply_wide(float (&d)[64], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+                 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+                 : SUMS_64(d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void multiply_wide(float (&d)[64], u64 a, u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+                 "}, %64, %65, 1, 1, 1, 0, 0;"
+                 : SUMS_64(d, 0)
                  : "l"(a), "l"(b));
 }
 
@@ -68,7 +89,7 @@ __device__ __forceinline__ void multiply_wide(float (&d)[128], const u32 (&a)[4]
                  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
                  "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
                  "}, {%128,%129,%130,%131}, %132, 1, 1, 1, 0;"
-                 : SUMS_16(d, 0), SUMS_16(d, 16), SUMS_16(d, 32), SUMS_16(d, 48), SUMS_16(d, 64), SUMS_16(d, 80), SUMS_16(d, 96), SUMS_16(d, 112)
+                 : SUMS_64(d, 0), SUMS_64(d, 64)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
@@ -83,6 +104,6 @@ __device__ __forceinline__ void multiply_wide(float (&d)[128], u64 a, u64 b) {
                  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
                  "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
                  "}, %128, %129, 1, 1, 1, 0, 0;"
-                 : SUMS_16(d, 0), SUMS_16(d, 16), SUMS_16(d, 32), SUMS_16(d, 48), SUMS_16(d, 64), SUMS_16(d, 80), SUMS_16(d, 96), SUMS_16(d, 112)
+                 : SUMS_64(d, 0), SUMS_64(d, 64)
                  : "l"(a), "l"(b));
 }

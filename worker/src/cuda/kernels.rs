@@ -27,6 +27,10 @@ const CHOICE_CHUNK: u32 = 1024;
 /// The compute capability from which on products use bf16 and copies past registers.
 const AMPERE: (u32, u32) = (8, 0);
 
+/// The compute capability whose own instructions prompts' products use: of it alone, older and newer ones have others. Their
+/// bits differ from those of the general kernels, so a card always takes the same.
+const HOPPER: (u32, u32) = (9, 0);
+
 /// The kernels of products with one form of weights.
 #[derive(Debug)]
 struct FormKernels {
@@ -193,8 +197,9 @@ impl Kernels {
         let load = |name| card.load_module(&image(name)?);
         let (matvec, moe, route, norm) = (load("matvec")?, load("moe")?, load("route")?, load("norm")?);
         let (decode, sample, prefill) = (load("decode")?, load("sample")?, load("prefill")?);
-        let (matmul, moe_many) = (load("matmul")?, load("moe_many")?);
-        let products = Products { matvec: &matvec, moe: &moe, matmul: &matmul, moe_many: &moe_many };
+        let moe_many = load("moe_many")?;
+        let prompt = load(if card.facts().capability == HOPPER { "prompt_90a" } else { "matmul" })?;
+        let products = Products { matvec: &matvec, moe: &moe, prompt: &prompt, moe_many: &moe_many, card };
         let kv = if is_int8 { "int8" } else { "bf16" };
         let forms = forms.iter().map(|form| Ok((*form, products.of(*form)?)));
         Ok(Kernels {
@@ -212,7 +217,7 @@ impl Kernels {
             pick: sample.kernel("choose_pick", 8)?,
             is_int8,
             card: card.clone(),
-            _modules: vec![matvec, moe, route, norm, decode, sample, prefill, matmul, moe_many],
+            _modules: vec![matvec, moe, route, norm, decode, sample, prefill, prompt, moe_many],
         })
     }
 
@@ -222,6 +227,10 @@ impl Kernels {
 
     fn is_turing(&self) -> bool {
         self.card.facts().capability < AMPERE
+    }
+
+    fn is_hopper(&self) -> bool {
+        self.card.facts().capability == HOPPER
     }
 
     /// Puts a kernel on the stream that may prepare itself while the one before it ends.
@@ -312,8 +321,10 @@ impl Kernels {
 struct Products<'m> {
     matvec: &'m Module,
     moe: &'m Module,
-    matmul: &'m Module,
+    /// `matmul`, or on Hopper `prompt_90a`, which has the experts' products of prompts too.
+    prompt: &'m Module,
     moe_many: &'m Module,
+    card: &'m Card,
 }
 
 impl Products<'_> {
@@ -322,17 +333,21 @@ impl Products<'_> {
         let matvec = |tokens| self.matvec.kernel(&format!("matvec_{name}_{tokens}"), 9);
         let gate_up = |tokens| self.moe.kernel(&format!("moe_gate_up_{name}_{tokens}"), 15);
         let down = |tokens| self.moe.kernel(&format!("moe_down_{name}_{tokens}"), 12);
-        let gate_up_many = |kind| self.moe_many.kernel(&format!("moe_gate_up_{name}_{kind}"), 13);
-        let down_many = |kind| self.moe_many.kernel(&format!("moe_down_{name}_{kind}"), 10);
+        let is_hopper = self.card.facts().capability == HOPPER;
+        // On Hopper one kernel is best for any number of tokens.
+        let (experts, few_tokens, ending) =
+            if is_hopper { (self.prompt, "many", "_90a") } else { (self.moe_many, "few", "") };
+        let gate_up_many = |kind| experts.kernel(&format!("moe_gate_up_{name}_{kind}{ending}"), 13);
+        let down_many = |kind| experts.kernel(&format!("moe_down_{name}_{kind}{ending}"), 10);
         let [few, some, many] = MATVEC_TOKENS;
         let [narrow, wide] = EXPERT_TOKENS;
         Ok(FormKernels {
             matvec: [matvec(few)?, matvec(some)?, matvec(many)?],
             gate_up: [gate_up(narrow)?, gate_up(wide)?],
             down: [down(narrow)?, down(wide)?],
-            matmul: self.matmul.kernel(&format!("matmul_{name}"), 8)?,
-            gate_up_many: [gate_up_many("few")?, gate_up_many("many")?],
-            down_many: [down_many("few")?, down_many("many")?],
+            matmul: self.prompt.kernel(&format!("matmul_{name}{ending}"), 8)?,
+            gate_up_many: [gate_up_many(few_tokens)?, gate_up_many("many")?],
+            down_many: [down_many(few_tokens)?, down_many("many")?],
         })
     }
 }

@@ -4,9 +4,24 @@ use super::{Address, Attention, Float, Groups, Kernels, Number};
 use crate::cuda::weights::{Experts, Form, Product};
 use crate::device::DeviceError;
 
-/// Tokens that a block of a product takes at a time, where an expert has many, and where it has few.
-const MANY_TOKENS: u32 = 128;
-const FEW_TOKENS: u32 = 32;
+/// How a product of a prompt is cut into blocks.
+struct Tile {
+    /// That a block takes at a time.
+    tokens: u32,
+    threads: u32,
+    /// For each multiprocessor.
+    blocks: u32,
+}
+
+/// Where an expert has many tokens, and where it has few.
+const MANY: Tile = Tile { tokens: 128, threads: 128, blocks: 2 };
+const FEW: Tile = Tile { tokens: 32, threads: 128, blocks: 4 };
+
+/// On Hopper, for any number: a block takes the last tokens of an expert in smaller tiles by itself.
+const HOPPER: Tile = Tile { tokens: 256, threads: 256, blocks: 1 };
+
+/// Tokens of an expert, on average, from which on tiles for many are faster.
+const MANY_FROM_TOKENS: u32 = 32;
 
 /// Queries that a block of attention takes at a time.
 const ATTENTION_QUERIES: u32 = 128;
@@ -27,9 +42,10 @@ impl Kernels {
             Number(product.rows),
             Address(product.scale_values),
         ];
-        let shared = self.many_bytes(product.form, MANY_TOKENS);
-        let grid = [2 * self.card.facts().processors, 1, 1];
-        self.put(&self.form(product.form).matmul, grid, (128, shared), &arguments)
+        let tile = if self.is_hopper() { HOPPER } else { MANY };
+        let grid = [tile.blocks * self.card.facts().processors, 1, 1];
+        let block = (tile.threads, self.tile_bytes(product.form, &tile));
+        self.put(&self.form(product.form).matmul, grid, block, &arguments)
     }
 
     /// Judges the experts and groups the tokens' choices by expert.
@@ -73,21 +89,27 @@ impl Kernels {
     ) -> Result<(), DeviceError> {
         let lists = [groups.count, groups.experts, groups.firsts, groups.slots].map(Address);
         let (up, down) = (&experts.gate_up, &experts.down);
-        let is_many = tokens * experts.used >= FEW_TOKENS * experts.count;
-        let (width, blocks) = if is_many { (MANY_TOKENS, 2) } else { (FEW_TOKENS, 4) };
-        let grid = [self.card.facts().processors * blocks, 1, 1];
+        let is_many = self.is_hopper() || tokens * experts.used >= MANY_FROM_TOKENS * experts.count;
+        let tile = if self.is_hopper() {
+            HOPPER
+        } else if is_many {
+            MANY
+        } else {
+            FEW
+        };
+        let grid = [self.card.facts().processors * tile.blocks, 1, 1];
         let mut arguments = vec![Address(up.matrices)];
         arguments.extend(lists);
         arguments.extend([Address(x), Number(experts.used), Number(up.columns), Number(up.rows)]);
         arguments.extend([Float(experts.alpha), Float(experts.limit), Address(inner), Address(up.scale_values)]);
         let kernel = &self.form(up.form).gate_up_many[usize::from(is_many)];
-        self.put(kernel, grid, (128, self.many_bytes(up.form, width)), &arguments)?;
+        self.put(kernel, grid, (tile.threads, self.tile_bytes(up.form, &tile)), &arguments)?;
         let mut arguments = vec![Address(down.matrices)];
         arguments.extend(lists);
         arguments.extend([Address(inner), Number(down.columns), Number(down.rows), Address(out)]);
         arguments.push(Address(down.scale_values));
         let kernel = &self.form(down.form).down_many[usize::from(is_many)];
-        self.put(kernel, grid, (128, self.many_bytes(down.form, width)), &arguments)
+        self.put(kernel, grid, (tile.threads, self.tile_bytes(down.form, &tile)), &arguments)
     }
 
     /// Attends for rows that `rope_write` has rotated and written. `tiles` is the address of (first row, rows) of each
@@ -101,17 +123,22 @@ impl Kernels {
         arguments.extend(attention.cached());
         arguments.extend([attention.sinks, tiles.0, attention.out].map(Address));
         let wide = if heads.dim <= 64 { 64 } else { 128 };
-        let stages = if self.is_turing() { 1 } else { 2 };
-        let shared = ATTENTION_QUERIES * wide * 2 + stages * 16384 + stages * 8192 / wide * 4 + 512;
+        let (stages, short_keys) = if self.is_turing() { (1, 32) } else { (2, 64) };
+        let keys = if wide == 64 { short_keys } else { 16 };
+        let shared = ATTENTION_QUERIES * wide * 2 + stages * keys * (wide * 4 + 8) + 512;
         self.put(&self.attend_prompt, [tiles.1, heads.kv, 1], (128, shared), &arguments)
     }
 
-    /// Gives the shared memory of a product that takes `tokens` tokens at a time.
-    fn many_bytes(&self, form: Form, tokens: u32) -> u32 {
+    /// Gives the shared memory of a product's block.
+    fn tile_bytes(&self, form: Form, tile: &Tile) -> u32 {
+        let (tokens, is_bf16) = (tile.tokens, form == Form::Bf16);
         if self.is_turing() {
             return tokens.min(64) * 132 + 16384 + 1024 + 2080;
         }
-        3 * tokens * 128 + if form == Form::Bf16 { 3 } else { 2 } * 16384 + 2080
+        if self.is_hopper() {
+            return 4 * (tokens * 128 + if is_bf16 { 16384 } else { 0 }) + tokens * 4 + 5248;
+        }
+        3 * tokens * 128 + if is_bf16 { 3 } else { 2 } * 16384 + 2080
     }
 }
 
