@@ -1,6 +1,8 @@
 """Too little memory on the card: a budget that is too tight, and another process that holds nearly everything."""
 
+import concurrent.futures
 import contextlib
+import json
 import subprocess
 
 from .card import hog, open_card
@@ -15,6 +17,8 @@ BUDGET_BYTES = 3 << 30
 CONTEXT_BYTES = 1 << 30
 # The least that may be asked for, in which the six layers' output matrix alone has no room.
 TINY_BUDGET = "256MiB"
+# Sequences that are too long to be held side by side.
+TURNS, TURN_TOKENS = 7, 6000
 LOAD_S = 60
 FREED_S = 60
 
@@ -109,7 +113,38 @@ def full_card(context):
     return f"{held >> 20} MiB held, {left >> 20} left: {'runs in that' if runs else end}; answers afterwards"
 
 
+def _complete(service, seed):
+    """Continues a long prompt that differs by its seed."""
+    prompt = [(place * 7919 + seed * 104729) % 1000 for place in range(TURN_TOKENS)]
+    body = {"prompt": prompt, "max_tokens": 40, "seed": seed, "temperature": 1}
+    status, text = service.request("POST", "/v1/completions", body)
+    if status != 200:
+        raise Failed(f"status {status}: {text[:300]}")
+    return json.loads(text)["choices"][0]["text"]
+
+
+def taking_turns(context):
+    """Sequences whose keys and values do not fit together take turns, and come to what they come to alone."""
+    context.need_cuda()
+    with Service(context, context.demo_model()) as service:
+        memory = service.wait_until_running()["workers"][0]["memory"]
+        alone = [_complete(service, seed) for seed in range(TURNS)]
+    fixed = sum(memory[purpose] for purpose in ("weights", "scratch", "reserve"))
+    budget = f"{(fixed + memory['kv_cache'] // 5) >> 20}MiB"
+    with Service(context, context.demo_model(), "--device-memory", budget) as service:
+        blocks = service.wait_until_running()["workers"][0]["blocks"]
+        if blocks["total"] * blocks["tokens"] >= TURNS * TURN_TOKENS:
+            raise Failed(f"{blocks} hold everything: the budget of {budget} shows nothing")
+        with concurrent.futures.ThreadPoolExecutor(TURNS) as pool:
+            together = list(pool.map(lambda seed: _complete(service, seed), range(TURNS)))
+        incarnation = service.worker()["incarnation"]
+    if together != alone or incarnation != 1:
+        raise Failed(f"incarnation {incarnation}; alone {alone!r}, taking turns {together!r}")
+    return f"{TURNS} sequences of {TURN_TOKENS} tokens in {blocks['total'] * blocks['tokens']}"
+
+
 CASES = [
+    ("memory.taking_turns", 60, taking_turns),
     ("memory.tight_budget", 120, tight_budget),
     ("memory.no_budget", 75, no_budget),
     ("memory.full_card", 150, full_card),

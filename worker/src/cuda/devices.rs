@@ -38,6 +38,7 @@ pub enum DevicesError {
 struct Listed<'a> {
     index: u32,
     name: &'a str,
+    uuid: &'a str,
     compute_capability: String,
     memory_bytes: u64,
 }
@@ -62,7 +63,7 @@ pub fn run(args: &DevicesArgs, out: &mut impl Write) -> Result<(), DevicesError>
         return Ok(writeln!(out, "{}", serde_json::json!({ "devices": usable }))?);
     }
     for (card, why_not) in judged {
-        let Listed { index, name, compute_capability, memory_bytes } = listed(card);
+        let Listed { index, name, uuid: _, compute_capability, memory_bytes } = listed(card);
         let rest = why_not.map_or_else(String::new, |why| format!(", cannot be used: {why}"));
         let memory = bulkhead_shared::units::Bytes(memory_bytes);
         writeln!(out, "cuda:{index}: {name}, compute capability {compute_capability}, {memory}{rest}")?;
@@ -73,7 +74,7 @@ pub fn run(args: &DevicesArgs, out: &mut impl Write) -> Result<(), DevicesError>
 fn listed(card: &CardFacts) -> Listed<'_> {
     let (major, minor) = card.capability;
     let compute_capability = format!("{major}.{minor}");
-    Listed { index: card.index, name: &card.name, compute_capability, memory_bytes: card.memory.0 }
+    Listed { index: card.index, name: &card.name, uuid: &card.uuid, compute_capability, memory_bytes: card.memory.0 }
 }
 
 /// Says why a card cannot be used.

@@ -109,6 +109,8 @@ pub struct CardFacts {
     pub index: u32,
     /// Its name.
     pub name: String,
+    /// By what NVML and nvidia-smi know it: `GPU-` and a UUID.
+    pub uuid: String,
     /// Its compute capability.
     pub capability: (u32, u32),
     /// Its memory.
@@ -142,6 +144,9 @@ fn facts_of(index: c_int) -> Result<CardFacts, DeviceError> {
     check("cuDeviceGetName", unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), 128, device) })?;
     // SAFETY: `bytes` is a place for one number.
     check("cuDeviceTotalMem", unsafe { sys::cuDeviceTotalMem_v2(&raw mut bytes, device) })?;
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: `uuid` is a place for sixteen bytes.
+    check("cuDeviceGetUuid", unsafe { sys::cuDeviceGetUuid_v2(&raw mut uuid, device) })?;
     let attribute = |which| -> Result<u32, DeviceError> {
         let mut value: c_int = 0;
         // SAFETY: `value` is a place for one number.
@@ -156,10 +161,17 @@ fn facts_of(index: c_int) -> Result<CardFacts, DeviceError> {
             attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         ),
         memory: Bytes(bytes as u64),
+        uuid: uuid_text(uuid.bytes.map(|byte| byte as u8)),
         processors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared_bytes_max: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         shared_bytes_processor: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
     })
+}
+
+/// Writes a UUID as NVML does.
+fn uuid_text(bytes: [u8; 16]) -> String {
+    let hex = |range: std::ops::Range<usize>| bytes[range].iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    format!("GPU-{}-{}-{}-{}-{}", hex(0..4), hex(4..6), hex(6..8), hex(8..10), hex(10..16))
 }
 
 /// A card with its context and stream.

@@ -9,9 +9,9 @@ use crate::engine::pager::{BLOCK_TOKENS, Kind, KvShape};
 use crate::memory::{PlanError, context_asked, sequences_asked};
 use crate::model::config::Config;
 
-/// Prompt tokens of one step, largest first. What is smaller than the third is only tried when a wish ends there.
-const STEPS: [u32; 4] = [2048, 1024, 512, 256];
-const STEPS_EASY: usize = 3;
+/// Prompt tokens of one step, largest first. What is smaller than the fourth is only tried when a wish ends there.
+const STEPS: [u32; 5] = [4096, 2048, 1024, 512, 256];
+const STEPS_EASY: usize = 4;
 
 /// Sequences below which a plan does not go as long as experts could move instead: another sequence takes little room.
 const SEQUENCES_EASY: u32 = 8;

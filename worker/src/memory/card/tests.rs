@@ -99,12 +99,12 @@ fn each_rung_gives_up_one_thing_more() {
     // Less than a whole pool: the embedding, and room to make room.
     let plan = nf4(0, 8, 220).expect("fits");
     assert_eq!(words(&plan), ["the embedding on the host"]);
-    assert_eq!((plan.context_tokens, plan.step_tokens, plan.sequences), (131_072, 2048, 8));
+    assert_eq!((plan.context_tokens, plan.step_tokens, plan.sequences), (131_072, 4096, 8));
     assert!((4096..8 * 4096).contains(&plan.full_blocks), "{}", plan.full_blocks);
     assert!(plan.swap.0 > 0);
     // Smaller steps keep the context.
     let plan = first(8, |given_up| matches!(given_up, GivenUp::StepTokens { .. }));
-    assert_eq!(words(&plan), ["the embedding on the host", "prompt steps of 1024 tokens instead of 2048"]);
+    assert_eq!(words(&plan), ["the embedding on the host", "prompt steps of 1024 tokens instead of 4096"]);
     // Fewer of many sequences do too.
     let plan = first(64, |given_up| matches!(given_up, GivenUp::Sequences { .. }));
     assert_eq!((plan.context_tokens, plan.given_up.len()), (131_072, 3), "{:?}", plan.given_up);
