@@ -20,7 +20,7 @@ struct DenseJob {
 
     __device__ __forceinline__ void touch() const {}
     __device__ __forceinline__ void prepare() {}
-    __device__ __forceinline__ u32 share(u32 block, u32) const {
+    template <u32 TILES> __device__ __forceinline__ u32 share(u32 block, u32) const {
         u32 items = 0;
         for (u32 i = 0; i < matrix_count; i++) items += (matrices[i].rows + ROWS - 1) / ROWS;
         return even_share(items, block);

@@ -8,16 +8,9 @@
 
 constexpr u32 EXPERTS_MAX = 256;
 
-// How much longer an item takes whose activations come from the second-level cache, for each so many of them.
-#if !defined(UNSTAGED_COST)
-#define UNSTAGED_COST 3
-#endif
+// How much longer an item takes whose activations come from the second-level cache, for each so many of them: measured.
+template <u32 TILES> constexpr u32 UNSTAGED_COST = TILES == 1 ? 3 : 2;
 constexpr u32 UNSTAGED_COLUMNS = 16;
-
-// Four warps share the columns: an expert's rows are many, and each item costs as much beside its products.
-#if !defined(EXPERT_WAYS)
-#define EXPERT_WAYS 4
-#endif
 
 // The groups as a block knows them.
 struct ExpertLists {
@@ -28,7 +21,8 @@ struct ExpertLists {
 
 // The chosen experts' matrices with the slots that each one serves.
 struct ExpertJob {
-    static constexpr u32 WAYS = EXPERT_WAYS;
+    // Four warps share the columns: an expert's rows are many, and each item costs as much beside its products.
+    static constexpr u32 WAYS = 4;
     static constexpr u32 ROWS = ITEM_ROWS<WAYS>;
     const Matrix* matrices;
     u32 groups;
@@ -41,18 +35,18 @@ struct ExpertJob {
     u32 tiles;
 
     // What an item of a group costs, in units of one whose activations are in shared memory.
-    __device__ __forceinline__ u32 cost(u32 group, u32 room) const {
+    template <u32 TILES> __device__ __forceinline__ u32 cost(u32 group, u32 room) const {
         u32 count = columns(group);
-        return count <= room ? 1 : UNSTAGED_COST * ((count + UNSTAGED_COLUMNS - 1) / UNSTAGED_COLUMNS);
+        return count <= room ? 1 : UNSTAGED_COST<TILES> * ((count + UNSTAGED_COLUMNS - 1) / UNSTAGED_COLUMNS);
     }
     // Blocks share the cost evenly: an expert whose tokens have no room would keep the others waiting.
-    __device__ __forceinline__ u32 share(u32 block, u32 room) const {
+    template <u32 TILES> __device__ __forceinline__ u32 share(u32 block, u32 room) const {
         u32 total = 0;
-        for (u32 group = 0; group < groups; group++) total += cost(group, room);
+        for (u32 group = 0; group < groups; group++) total += cost<TILES>(group, room);
         if (total == groups) return even_share(groups * tiles, block);
         u32 before = even_share(total * tiles, block), first = 0;
         for (u32 group = 0; group < groups; group++) {
-            u32 each = cost(group, room), all = each * tiles;
+            u32 each = cost<TILES>(group, room), all = each * tiles;
             if (before < all) return first + (before + each - 1) / each;
             before -= all;
             first += tiles;

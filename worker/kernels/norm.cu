@@ -20,6 +20,8 @@ ENTRY __launch_bounds__(256) embed(const bf16* table, const u32* tokens, u32 voc
 // Columns that a thread has at a time, and how many times: rows are to 16384 long for 1024 threads.
 constexpr u32 OWN = 4;
 constexpr u32 ROUNDS = 4;
+// Times whose weights are fetched before the wait: for more there are no registers in a block of 1024 threads.
+constexpr u32 EARLY_ROUNDS = 2;
 
 // Adds `part_count` parts to a row of x, by weight and in their order, then normalises the row.
 //
@@ -30,9 +32,9 @@ ENTRY __launch_bounds__(1024) add_norm(float* x, const float* parts, u32 part_co
                                        bf16* out_bf16, float* out_f32) {
     __shared__ float slots[WARP];
     let_next_start();
-    float4 gains[ROUNDS], values[ROUNDS];
+    float4 gains[EARLY_ROUNDS], values[ROUNDS];
 #pragma unroll
-    for (u32 round = 0; round < ROUNDS; round++) {
+    for (u32 round = 0; round < EARLY_ROUNDS; round++) {
         u32 at = (round * blockDim.x + threadIdx.x) * OWN;
         if (at < hidden) gains[round] = *(const float4*)(norm_weight + at);
     }
@@ -63,7 +65,7 @@ ENTRY __launch_bounds__(1024) add_norm(float* x, const float* parts, u32 part_co
     for (u32 round = 0; round < ROUNDS; round++) {
         u32 at = (round * blockDim.x + threadIdx.x) * OWN;
         if (at >= hidden) break;
-        float4 value = values[round], gain = gains[round];
+        float4 value = values[round], gain = round < EARLY_ROUNDS ? gains[round] : *(const float4*)(norm_weight + at);
         value.x *= scale * gain.x, value.y *= scale * gain.y, value.z *= scale * gain.z, value.w *= scale * gain.w;
         size_t place = (size_t)blockIdx.x * hidden + at;
         if (out_bf16 != nullptr) {

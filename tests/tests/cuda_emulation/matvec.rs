@@ -29,13 +29,13 @@ const FAULTS: [Fault; 16] = [
     },
     Fault {
         name: "the scale of the wrong row",
-        file: "matvec.cuh",
+        file: "pipe.cuh",
         from: "own = first + lane % 4 / 2 * 8,",
         to: "own = first,",
     },
     Fault {
         name: "the scale of the wrong block",
-        file: "matvec.cuh",
+        file: "pipe.cuh",
         from: "__shfl_sync(ALL_LANES, word, half, 4)",
         to: "__shfl_sync(ALL_LANES, word, 1 - half, 4)",
     },
@@ -59,13 +59,13 @@ const FAULTS: [Fault; 16] = [
     },
     Fault {
         name: "a unit multiplied before it has come",
-        file: "matvec.cuh",
+        file: "pipe.cuh",
         from: "wait_for_copies<HELD - 1>();",
         to: "wait_for_copies<HELD>();",
     },
     Fault {
         name: "the second block of a last unit taken for real",
-        file: "matvec.cuh",
+        file: "pipe.cuh",
         from: "if (blocks_left <= (int)(slot * STEP + half)) break;",
         to: "",
     },

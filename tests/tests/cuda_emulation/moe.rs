@@ -28,7 +28,7 @@ const KERNELS: [&str; 16] = [
     "moe_down_bf16_16",
 ];
 
-const FAULTS: [Fault; 7] = [
+const FAULTS: [Fault; 10] = [
     Fault { name: "the up projection's one forgotten", file: "moe.cu", from: "(up + 1.0f)", to: "up" },
     Fault { name: "the gate not clamped", file: "moe.cu", from: "gate > limit ? limit : gate", to: "gate" },
     Fault { name: "gate and up exchanged", file: "moe.cu", from: "row % 2 != 0 ||", to: "row % 2 == 0 ||" },
@@ -43,6 +43,24 @@ const FAULTS: [Fault; 7] = [
         file: "moe.cu",
         from: "lists->groups = read_through(group_count);\n        __syncthreads();",
         to: "lists->groups = read_through(group_count);",
+    },
+    Fault {
+        name: "a warp's rows the other warps'",
+        file: "pipe.cuh",
+        from: "first = item.row + threadIdx.x / WARP / WAYS * TILE_ROWS + lane / 4,",
+        to: "first = item.row + lane / 4,",
+    },
+    Fault {
+        name: "the biases of the first rows for all",
+        file: "matvec.cuh",
+        from: "value[i] = job.bias(item, row(i));",
+        to: "value[i] = job.bias(item, row(i) % TILE_ROWS);",
+    },
+    Fault {
+        name: "the last expert's cost forgotten",
+        file: "moe.cu",
+        from: "total += cost<TILES>(group, room);",
+        to: "total += group + 1 < groups ? cost<TILES>(group, room) : 0;",
     },
     Fault {
         name: "an old expert's activations kept",

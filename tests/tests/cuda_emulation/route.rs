@@ -19,7 +19,12 @@ const FAULTS: [Fault; 11] = [
         from: "fmaf(sums[1 + i], scale, route.router_bias[expert])",
         to: "sums[1 + i] * scale",
     },
-    Fault { name: "the norm's weight left out", file: "route.cu", from: "own[round][i] *= gains[round][i];", to: "" },
+    Fault {
+        name: "the norm's weight left out",
+        file: "route.cu",
+        from: "own[round][i] *= gains[round][i];",
+        to: "own[round][i] *= 1.0f;",
+    },
     Fault {
         name: "the sum scaled too",
         file: "route.cu",
