@@ -94,9 +94,10 @@ class Experts:
         self.counters = cp.zeros(self.tokens + 1, cp.uint32)
         self.inner = cp.full((slots, INNER), 0x7FC0, dtype=cp.uint16)
         self.out = cp.full((slots, HIDDEN), cp.nan, dtype=cp.float32)
-        self.tiles = 1 if self.tokens <= 16 else 2
+        self.tiles = 1 if self.tokens <= 32 else 2
+        self.pieces = 32 if self.tokens == 1 else 16 if self.tokens <= 4 else 8
         form = mixture.form
-        self.blocks = blocks or (3 if self.tokens <= 4 and form != "bf16" else 2)
+        self.blocks = blocks or (3 if self.tokens <= 2 and form != "bf16" else 2)
         self.stage = [stage_room(form, self.tiles, columns, self.blocks, EXPERT_LISTS) for columns in (HIDDEN, INNER)]
         is_turing = modules.get("is_turing", False)
         self.shared = [shared_bytes(form, self.tiles, stage, columns, is_turing)
@@ -104,9 +105,8 @@ class Experts:
 
     def route(self):
         m = self.mixture
-        pieces = 32 if self.tokens == 1 else 16 if self.tokens <= 4 else 8
         self.modules["route"].launch(
-            "norm_route", [pieces, self.tokens], 256, 0,
+            "norm_route", [self.pieces, self.tokens], 256, 0,
             [self.residual, self.change, m.gain, 1e-5, HIDDEN, self.sum, self.x, m.router, m.router_bias, EXPERTS, USED,
              self.logits, self.chosen, self.weights, self.count, self.experts, self.firsts, self.slots, self.counters])
 

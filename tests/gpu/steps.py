@@ -28,7 +28,8 @@ class Model:
             mixture.gain[:] = 1
             self.layers.append((qkv, [Weight(form, HIDDEN, 4096, BIAS)], mixture))
         self.head = [Weight(head_form, VOCABULARY, HIDDEN, bias_size=0)]
-        self.embedding = bf16_bits(cp.random.standard_normal((1000, HIDDEN), dtype=cp.float32))
+        # Large against what the layers add, for the same reason.
+        self.embedding = bf16_bits(cp.random.standard_normal((1000, HIDDEN), dtype=cp.float32) * 100)
         self.gain = cp.ones(HIDDEN, cp.float32)
 
 
