@@ -12,8 +12,9 @@ import tempfile
 import cupy as cp
 import numpy as np
 
-from check_kernels import EXPERTS, HIDDEN, INNER, USED, failures, guarded, processors, report, same
+from check_kernels import failures, guarded, report, same
 from driver import Module, microseconds
+from launches import EXPERTS, HIDDEN, INNER, USED, processors
 from weights import FORMATS, Weight, bf16_bits, bf16_values, descriptors, scale_values
 
 KERNELS = pathlib.Path(__file__).resolve().parents[2] / "worker" / "kernels"
