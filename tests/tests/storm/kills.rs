@@ -82,7 +82,7 @@ fn a_storm_of_kills_changes_no_answer() {
             let mut random = Random::new(1);
             for _ in 0..kills {
                 // At a random moment: behind so many tokens, or in the middle of a load.
-                wait_for_tokens(&server, random.below(40) as f64);
+                wait_for_tokens(&server, random.below(80) as f64);
                 strike(&server, Signal::SIGKILL);
             }
         })
