@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// Time for which a connection may be silent.
-const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// Time for which a connection may be silent: a whole answer is, for as long as its workers are killed.
+const SILENCE_MAX: Duration = Duration::from_secs(300);
 
 /// The head of an answer, and a way to read the rest.
 #[derive(Debug)]

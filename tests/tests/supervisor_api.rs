@@ -1,6 +1,7 @@
 //! The public API of a supervisor with the fake worker: answers, streams, errors.
 
 use std::io::Write;
+use std::thread;
 
 use bulkhead_tests::client::{self, Answer, WholeAnswer};
 use bulkhead_tests::fake::Fake;
@@ -176,6 +177,36 @@ fn dropping_the_connection_cancels_whole_and_streamed() {
         server.wait_for_health("/queue/running", &json!(0));
     }
     assert_eq!(server.health()["workers"][0]["incarnation"], 1);
+}
+
+/// Sends a chat request with a key and reads the answer.
+fn ask_with_key(server: &Server, key: &str, text: &str) -> WholeAnswer {
+    let (address, body) = (server.address, json!({"messages": message(text)}).to_string());
+    let request = format!(
+        "POST {CHAT} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    read_whole(client::send_raw(address, request.as_bytes()).expect("the server answers"))
+}
+
+#[test]
+fn one_key_with_many_requests_does_not_keep_another_waiting() {
+    let server = Server::start_fake(&["--sequences-max", "1"]);
+    thread::scope(|scope| {
+        let many: Vec<_> = (0..20)
+            .map(|_| scope.spawn(|| ask_with_key(&server, "first-key", "[delay=50] [repeat=10] word")))
+            .collect();
+        let waiting = |health: &Value| health["queue"]["waiting"].as_u64().expect("is a number");
+        server.wait_for("the first one's requests wait", |health| (waiting(health) >= 15).then_some(()));
+        assert_eq!(ask_with_key(&server, "other-key", "one two").status, 200);
+        assert!(waiting(&server.health()) > 0, "it did not have to wait for all of them");
+        for answer in many {
+            assert_eq!(answer.join().expect("does not panic").status, 200);
+        }
+    });
+    // Whoever has a key, it is in no line of the log.
+    assert!(!server.log().contains("Bearer") && !server.log().contains("other-key"), "{}", server.log());
 }
 
 #[test]

@@ -193,11 +193,11 @@ impl Book {
 
     fn can_start(&self) -> bool {
         let (running, waiting) = self.queue.lengths();
-        let room = match self.blame.next_alone() {
-            Some(_) => 1,
-            None => self.queue.bounds().running_max,
+        let has_room = match self.blame.next_alone() {
+            Some(alone) => running == 0 && self.stands(alone, Standing::Waiting),
+            None => running < self.queue.bounds().running_max,
         };
-        self.up.is_some() && waiting > 0 && running < room
+        self.up.is_some() && waiting > 0 && has_room
     }
 
     pub(super) fn next_command(&mut self, now: Instant) -> Option<Command> {
@@ -373,6 +373,10 @@ impl Book {
             entry.standing = Standing::Waiting;
             self.queue.give_back(id);
         }
+    }
+
+    fn stands(&self, id: RequestId, standing: Standing) -> bool {
+        self.requests.get(&id).is_some_and(|entry| entry.standing == standing)
     }
 
     fn stand(&mut self, id: RequestId, standing: Standing) {
