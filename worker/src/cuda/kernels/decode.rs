@@ -7,9 +7,10 @@ use crate::device::DeviceError;
 /// Rows that a block of a product takes at a time.
 const PRODUCT_ROWS: u32 = 16;
 
-/// What each block costs beside the shared memory that it asks for, and what the lists of experts take. Units: bytes.
+/// What each block costs beside the shared memory that it asks for, and what a product declares itself. Units: bytes.
 const BLOCK_COST: u32 = 1024;
-const EXPERT_LISTS: u32 = 2064;
+const PRODUCT_LISTS: u32 = 64;
+const EXPERT_LISTS: u32 = 2112;
 
 /// Shared memory of attention beside what it is launched with. Units: bytes.
 const ATTENTION_THREADS: u32 = 256;
@@ -45,9 +46,9 @@ impl Kernels {
         let width_tokens = MATVEC_TOKENS[width];
         let blocks = blocks_best(product.form, tokens);
         let wide = width_tokens > 16;
-        let (room, mut shared) = self.stage(product.form, (product.columns, wide), blocks, 0);
+        let (room, mut shared) = self.stage(product.form, (product.columns, wide), blocks, PRODUCT_LISTS);
         let mut stage = room.min(width_tokens);
-        if stage < tokens.min(width_tokens) {
+        if stage < tokens {
             stage = 0;
         }
         shared += stage * (product.columns + 8) * 2;
@@ -100,7 +101,7 @@ impl Kernels {
         ];
         let pieces = match tokens {
             1 => 32,
-            2..=8 => 16,
+            2..=4 => 16,
             _ => 8,
         };
         self.put(&self.norm_route, [pieces.min(experts.count), tokens, 1], (256, 0), &arguments)
@@ -123,7 +124,7 @@ impl Kernels {
         let (up, down) = (&experts.gate_up, &experts.down);
         let wide = usize::from(tokens > 32);
         let launch = |product: &Product, kernel, mut arguments: Vec<Argument>| {
-            let blocks = blocks_best(product.form, tokens.min(16));
+            let blocks = if tokens <= 2 && product.form != Form::Bf16 { 3 } else { 2 };
             let (room, shared) = self.stage(product.form, (product.columns, false), blocks, EXPERT_LISTS);
             let stage = room.min(8 << wide);
             arguments.push(Number(stage));
@@ -183,12 +184,7 @@ impl Kernels {
     }
 }
 
-/// Gives the blocks that a multiprocessor holds best.
+/// Gives the blocks of a dense product that a multiprocessor holds best, by measurement.
 fn blocks_best(form: Form, tokens: u32) -> u32 {
-    match (form, tokens) {
-        (Form::Bf16, _) => 2,
-        (_, 1) => 3,
-        (_, 2..=16) => 2,
-        (_, _) => 1,
-    }
+    if form != Form::Bf16 && tokens <= 8 { 3 } else { 2 }
 }
