@@ -40,9 +40,10 @@ pub enum Violation {
 }
 
 /// How far the conversation with a worker has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Phase {
     /// Nothing was said.
+    #[default]
     Silent,
     /// `Hello` came.
     Greeted,
@@ -55,7 +56,7 @@ pub enum Phase {
 }
 
 /// The state of one conversation.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Protocol {
     phase: Phase,
     requests: HashMap<RequestId, Outstanding>,
@@ -74,7 +75,7 @@ struct Outstanding {
 impl Protocol {
     /// Begins with a worker that has said nothing.
     pub fn new() -> Protocol {
-        Protocol { phase: Phase::Silent, requests: HashMap::new(), nonces: (0, 0) }
+        Protocol::default()
     }
 
     /// Notes that `Load` was sent.

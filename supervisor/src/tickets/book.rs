@@ -428,9 +428,10 @@ impl Book {
         debug!(incarnation = self.up, request = id.0, tokens = entry.journal.tokens(), ?end, "request ended");
         let mut counts = self.metrics.counts();
         counts.whole.add(entry.admitted.elapsed(), 1);
-        match &end {
-            End::Done { reason, .. } => counts.success(*reason),
-            other => counts.failure(other.label()),
+        if let End::Done { reason, .. } = &end {
+            counts.success(*reason);
+        } else {
+            counts.failure(end.label());
         }
         drop(counts);
         entry.journal.end(end);
