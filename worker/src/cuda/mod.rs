@@ -202,27 +202,18 @@ impl CardModel {
         let scratch_memory = Memory::take(&card, scratch.bytes.0, "the buffers of a step")?;
         // Counters are zero between launches.
         scratch_memory.clear()?;
-        let shape = KvShape::of(&config);
-        let pager = Pager::new(shape.clone(), planned.full_blocks, planned.sequences, step_tokens.sum());
-        let strides = [
-            planned.context_tokens.div_ceil(BLOCK_TOKENS),
-            shape.window_blocks(1, step_tokens.of_sequence()).min(pager.pool_blocks(Kind::Window)),
-        ];
-        let pool = |kind: Kind| Pool::take(&card, kind, &pager, planned, strides[kind as usize]);
+        let pager = Pager::new(KvShape::of(&config), planned.full_blocks, planned.sequences, step_tokens.sum());
+        let pool = |kind: Kind| Pool::take(&card, kind, &pager, planned);
         let pools = [pool(Kind::Full)?, pool(Kind::Window)?];
         let inputs = |rows: u32| {
             let (rows, outputs) = (rows as usize, step_tokens.generated as usize);
             Inputs::take(&card, InputPlaces::new(rows, outputs, config.head_dim / 2, rows))
         };
         let (generated, prompt) = (inputs(step_tokens.generated)?, inputs(step_tokens.prompt)?);
-        let outputs = step_tokens.generated as usize;
         let rows = step_tokens.of_sequence() as usize;
         let mut model = CardModel {
             rows: HostBuffer::take(&card, rows * config.hidden_size * size_of::<f32>())?,
-            results: Results {
-                chosen: HostBuffer::take(&card, outputs * 8 + config.layers.len() * 4)?,
-                logits: HostBuffer::take(&card, outputs * config.vocab_size * size_of::<f32>())?,
-            },
+            results: Results::take(&card, &config, step_tokens.generated as usize)?,
             swap: SwapSpace::take(&card, usize::try_from(planned.swap.0).unwrap_or(0))?,
             embedding: on_card.embedding.is_none().then(|| weights.embedding.clone()),
             host_experts: HostExperts::new(&config, &weights, &places.host_experts),
@@ -419,8 +410,24 @@ impl CardModel {
     }
 }
 
+impl Results {
+    fn take(card: &Card, config: &Config, outputs: usize) -> Result<Results, DeviceError> {
+        Ok(Results {
+            chosen: HostBuffer::take(card, outputs * 8 + config.layers.len() * size_of::<u32>())?,
+            logits: HostBuffer::take(card, outputs * config.vocab_size * size_of::<f32>())?,
+        })
+    }
+}
+
 impl Pool {
-    fn take(card: &Card, kind: Kind, pager: &Pager, planned: &CardPlan, stride: u32) -> Result<Pool, DeviceError> {
+    fn take(card: &Card, kind: Kind, pager: &Pager, planned: &CardPlan) -> Result<Pool, DeviceError> {
+        let stride = match kind {
+            Kind::Full => planned.context_tokens.div_ceil(BLOCK_TOKENS),
+            Kind::Window => {
+                let most = pager.shape().window_blocks(1, planned.step().of_sequence());
+                most.min(pager.pool_blocks(kind))
+            }
+        };
         let layers = pager.shape().layers(kind) as u32;
         let block_bytes = u64::from(layers) * card::layer_block_bytes(pager.shape(), planned.kv_type);
         let memory = Memory::take(card, u64::from(pager.pool_blocks(kind)) * block_bytes, "keys and values")?;
