@@ -104,7 +104,7 @@ fn each_rung_gives_up_one_thing_more() {
     assert!(plan.swap.0 > 0);
     // Smaller steps keep the context.
     let plan = first(8, |given_up| matches!(given_up, GivenUp::StepTokens { .. }));
-    assert_eq!(words(&plan), ["the embedding on the host", "prompt steps of 1024 tokens instead of 4096"]);
+    assert_eq!(words(&plan), ["the embedding on the host", "prompt steps of 2048 tokens instead of 4096"]);
     // Fewer of many sequences do too.
     let plan = first(64, |given_up| matches!(given_up, GivenUp::Sequences { .. }));
     assert_eq!((plan.context_tokens, plan.given_up.len()), (131_072, 3), "{:?}", plan.given_up);
@@ -114,7 +114,7 @@ fn each_rung_gives_up_one_thing_more() {
     assert_eq!(plan.context_given_up, Some(131_072));
     assert!((32_768..131_072).contains(&plan.context_tokens), "{}", plan.context_tokens);
     assert_eq!(plan.context_tokens % CONTEXT_STEP, 0);
-    assert_eq!((plan.step_tokens, plan.host_layers.contains(&true)), (2048, false));
+    assert_eq!((plan.step_tokens, plan.host_layers.contains(&true)), (4096, false));
     // Experts go, the last layers first, as few as needed.
     let plan = first(8, |given_up| matches!(given_up, GivenUp::ExpertsOnHost { .. }));
     let last_alone: Vec<bool> = (0..24).map(|layer| layer == 23).collect();
