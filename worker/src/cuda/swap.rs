@@ -36,7 +36,7 @@ impl SwapSpace {
     /// The driver's.
     pub fn take(card: &Card, bytes: usize) -> Result<SwapSpace, DeviceError> {
         let buffer = HostBuffer::take(card, bytes)?;
-        Ok(SwapSpace { buffer, free: Arc::new(Mutex::new(FreeRanges { ranges: vec![0..bytes] })) })
+        Ok(SwapSpace { buffer, free: Arc::new(Mutex::new(FreeRanges::of(bytes))) })
     }
 
     /// Finds room for `bytes`; `None` where there is none.
@@ -60,6 +60,11 @@ struct FreeRanges {
 }
 
 impl FreeRanges {
+    /// All of a buffer.
+    fn of(bytes: usize) -> FreeRanges {
+        FreeRanges { ranges: std::iter::once(0..bytes).collect() }
+    }
+
     /// Takes the first range that is long enough.
     fn take(&mut self, bytes: usize) -> Option<Range<usize>> {
         let index = self.ranges.iter().position(|range| range.len() >= bytes)?;
@@ -95,19 +100,19 @@ mod tests {
 
     #[test]
     fn what_was_given_back_is_one_range_again() {
-        let mut free = FreeRanges { ranges: vec![0..100] };
+        let mut free = FreeRanges::of(100);
         let parts: Vec<_> = [30, 20, 50].map(|bytes| free.take(bytes).expect("room")).into();
         assert_eq!((parts.as_slice(), free.take(1)), (&[0..30, 30..50, 50..100][..], None));
         for part in [1, 0, 2] {
             free.give_back(parts[part].clone());
         }
-        assert_eq!(free.ranges, vec![0..100]);
+        assert_eq!(free.ranges, FreeRanges::of(100).ranges);
         assert_eq!(free.take(101), None);
     }
 
     #[test]
     fn a_gap_that_is_too_small_is_passed_over() {
-        let mut free = FreeRanges { ranges: vec![0..100] };
+        let mut free = FreeRanges::of(100);
         let first = free.take(10).expect("room");
         let _second = free.take(10).expect("room");
         free.give_back(first);

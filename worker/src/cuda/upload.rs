@@ -39,7 +39,7 @@ pub enum Source {
 impl Source {
     /// Gives the bytes that it takes on the card.
     #[must_use]
-    pub fn len(&self) -> usize {
+    pub fn card_bytes(&self) -> usize {
         match self {
             Source::Region(region) => region.len(),
             Source::Owned(bytes) => bytes.len(),
@@ -65,7 +65,7 @@ pub fn upload(
     parts: Vec<(u64, Source)>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), DeviceError> {
-    let total: u64 = parts.iter().map(|(_, source)| source.len() as u64).sum();
+    let total: u64 = parts.iter().map(|(_, source)| source.card_bytes() as u64).sum();
     let mut done = 0;
     let mut mapped: Vec<Copy<'_>> = Vec::new();
     for (to, source) in &parts {
@@ -78,7 +78,7 @@ pub fn upload(
             Source::Owned(bytes) => memory.copy_in_plain(*to, bytes)?,
             Source::Converted(matrix) => convert(memory, *to, matrix)?,
         }
-        done += source.len() as u64;
+        done += source.card_bytes() as u64;
     }
     progress(done, total);
     mapped.sort_unstable_by_key(|copy| copy.bytes.as_ptr() as usize);

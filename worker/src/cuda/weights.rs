@@ -304,7 +304,7 @@ impl Layout {
     }
 
     fn part(&mut self, source: Source) -> u64 {
-        let at = self.take(source.len());
+        let at = self.take(source.card_bytes());
         self.parts.push((at, source));
         at
     }

@@ -53,7 +53,7 @@ pub struct Swapped {
 #[derive(Debug)]
 pub enum Backend {
     /// The processor.
-    Cpu(CpuBackend),
+    Cpu(Box<CpuBackend>),
     /// A card.
     #[cfg(feature = "cuda")]
     Cuda(Box<crate::cuda::CardModel>),
@@ -72,7 +72,7 @@ impl Backend {
     /// Makes a backend on the processor.
     #[must_use]
     pub fn cpu(decoder: Arc<Decoder>, cache: KvCache) -> Backend {
-        Backend::Cpu(CpuBackend { decoder, cache })
+        Backend::Cpu(Box::new(CpuBackend { decoder, cache }))
     }
 
     /// Gives the model's configuration.
