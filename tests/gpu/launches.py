@@ -258,7 +258,7 @@ class Norm:
     def __init__(self, modules, x, gain, parts=None, weights=None, narrow=None, wide=None, rows=None):
         count = 0 if parts is None else parts.size // x.size
         outputs = len(x) if rows is None else len(rows)
-        self.modules, self.grid, self.threads = modules, [outputs], min(1024, (HIDDEN // 4 + 31) // 32 * 32)
+        self.modules, self.grid, self.threads = modules, [outputs], min(768, (HIDDEN // 4 + 31) // 32 * 32)
         self.arguments = [x, parts, count, weights, rows, gain, 1e-5, HIDDEN, narrow, wide]
 
     def launch(self):

@@ -30,9 +30,16 @@ __device__ __forceinline__ void fill_tables(u32* table, float* scale_map, const 
     if (Format::NESTED) scale_map[threadIdx.x] = scale_values[threadIdx.x];
 }
 
-// Blocks of a kernel that a multiprocessor is to hold: registers are given out by it.
+// Blocks of a kernel that a multiprocessor is to hold: registers are given out by it. On 12.0 its shared memory has no room
+// for three, and their share of the registers would be too small.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr u32 BLOCKS_HELD_MOST = 2;
+#else
+constexpr u32 BLOCKS_HELD_MOST = 3;
+#endif
 template <class Format, u32 TILES>
-constexpr u32 BLOCKS_HELD = TILES == 4 ? 1 : TILES == 1 && PipeOf<Format, TILES, 1>::WARP_BYTES != 0 ? 3 : 2;
+constexpr u32 BLOCKS_HELD =
+    TILES == 4 ? 1 : TILES == 1 && PipeOf<Format, TILES, 1>::WARP_BYTES != 0 ? BLOCKS_HELD_MOST : 2;
 
 // Sums of the warps: two sets, taken in turn, where they are small, so that one barrier an item is enough.
 template <u32 TILES> constexpr u32 SUM_BYTES = TILES * 8 * TILE_ROWS * MATVEC_WARPS * 4;

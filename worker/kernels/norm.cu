@@ -27,7 +27,7 @@ constexpr u32 EARLY_ROUNDS = 2;
 //
 // Output row i is made of row `rows[i]` of x and parts, or of row i where `rows` is null; weights may be null (all 1).
 // With part_count 0 nothing is added. Either output may be null.
-ENTRY __launch_bounds__(1024) add_norm(float* x, const float* parts, u32 part_count, const float* part_weights,
+ENTRY __launch_bounds__(768) add_norm(float* x, const float* parts, u32 part_count, const float* part_weights,
                                        const u32* rows, const float* norm_weight, float epsilon, u32 hidden,
                                        bf16* out_bf16, float* out_f32) {
     __shared__ float slots[WARP];

@@ -277,7 +277,7 @@ impl Kernels {
             Address(norm.out_f32),
         ];
         // Sums depend on the number of threads, which follows from the width alone.
-        let threads = norm.hidden.div_ceil(4).next_multiple_of(32).min(1024);
+        let threads = norm.hidden.div_ceil(4).next_multiple_of(32).min(768);
         self.put(&self.add_norm, [count, 1, 1], (threads, 0), &arguments)
     }
 
