@@ -4,6 +4,8 @@ Usage: python3 tests/cuda/check_compile.py [--write]. With --write the table in 
 without, it is compared. tools/cuda_toolkit.py finds or fetches nvcc. No card is needed.
 """
 
+import concurrent.futures
+import os
 import pathlib
 import re
 import subprocess
@@ -28,25 +30,31 @@ def modules():
     return sorted(name.removesuffix(".cu") for name in sources if name not in parts)
 
 
+def compile_one(nvcc, folder, source, architecture):
+    """Compiles a module for one architecture; gives what the compiler says of each kernel."""
+    special = "a" if source.endswith("_90a") else ""
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}{special}", "-cubin", "-Xptxas", "-v", "-o",
+               pathlib.Path(folder) / f"{source}.{architecture}.cubin", KERNELS / f"{source}.cu"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    # ptxas says "Potential Performance Loss" where it makes wgmma's products wait for each other.
+    if run.returncode != 0 or "warning" in run.stderr or "Potential" in run.stderr:
+        raise SystemExit(f"{source}.cu, sm_{architecture}:\n{run.stderr}")
+    return run.stderr
+
+
 def compile_all(nvcc):
     """Gives {kernel: {architecture: (registers, spilled bytes, static shared bytes)}}."""
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for source in modules():
-            special = "a" if source.endswith("_90a") else ""
-            for architecture in ("90",) if special else ARCHITECTURES:
-                target = f"-arch=sm_{architecture}{special}"
-                command = [nvcc, "-std=c++17", "-O3", target, "-cubin", "-Xptxas", "-v", "-o",
-                           pathlib.Path(folder) / "out.cubin", KERNELS / f"{source}.cu"]
-                run = subprocess.run(command, capture_output=True, text=True)
-                # ptxas says "Potential Performance Loss" where it makes wgmma's products wait for each other.
-                if run.returncode != 0 or "warning" in run.stderr or "Potential" in run.stderr:
-                    sys.exit(f"{source}.cu, sm_{architecture}:\n{run.stderr}")
-                for entry in run.stderr.split("Compiling entry function '")[1:]:
-                    numbers = [re.search(pattern, entry) for pattern in
-                               (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes smem")]
-                    numbers = tuple(int(number.group(1)) if number else 0 for number in numbers)
-                    found.setdefault(entry.split("'")[0], {})[architecture] = numbers
+    jobs = [(source, architecture) for source in modules()
+            for architecture in (("90",) if source.endswith("_90a") else ARCHITECTURES)]
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = pool.map(lambda job: compile_one(nvcc, folder, *job), jobs)
+        for (_, architecture), report in zip(jobs, reports):
+            for entry in report.split("Compiling entry function '")[1:]:
+                numbers = [re.search(pattern, entry) for pattern in
+                           (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes smem")]
+                numbers = tuple(int(number.group(1)) if number else 0 for number in numbers)
+                found.setdefault(entry.split("'")[0], {})[architecture] = numbers
     return found
 
 
