@@ -377,13 +377,15 @@ impl CardModel {
         Ok(Some(swapped))
     }
 
-    /// Copies a sequence's keys and values back into blocks of the cache; `None` while it has too few, some spare ones for
-    /// the sequences that go on included.
+    /// Copies a sequence's keys and values back into blocks of the cache; `None` while that would leave fewer than `spare`.
     ///
     /// # Errors
     /// The driver's.
-    pub fn swap_in(&mut self, swapped: &SwappedBlocks) -> Result<Option<Blocks>, DeviceError> {
+    pub fn swap_in(&mut self, swapped: &SwappedBlocks, spare: u32) -> Result<Option<Blocks>, DeviceError> {
         self.card.enter()?;
+        if self.pager.blocks().1 < swapped.held.full.saturating_add(spare) {
+            return Ok(None);
+        }
         let Ok(blocks) = self.pager.restore(swapped.held) else { return Ok(None) };
         self.each_block(&blocks, swapped.range.start, |pool, block, at| {
             pool.memory.copy_in(u64::from(block) * pool.block_bytes, &self.swap.buffer, at, pool.block_bytes as usize)

@@ -173,21 +173,25 @@ impl Backend {
         }
     }
 
-    /// Brings keys and values back into blocks; gives `None`, and keeps nothing of the cache, while it has too few.
+    /// Brings keys and values back into blocks; gives `None`, and keeps nothing of the cache, while that would leave fewer
+    /// than `spare` blocks: what comes back without room to go on would have to leave again at once.
     ///
     /// # Errors
     /// Those of the device.
-    pub fn swap_in(&mut self, swapped: &Swapped) -> Result<Option<Blocks>, DeviceError> {
+    pub fn swap_in(&mut self, swapped: &Swapped, spare: u32) -> Result<Option<Blocks>, DeviceError> {
         match self {
             #[cfg(not(feature = "cuda"))]
-            Backend::Cpu(_) => match swapped.never {},
+            Backend::Cpu(_) => {
+                let _ = spare;
+                match swapped.never {}
+            }
             #[cfg(feature = "cuda")]
             Backend::Cpu(_) => {
                 let _ = swapped;
                 Ok(None)
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(card) => card.swap_in(&swapped.inner),
+            Backend::Cuda(card) => card.swap_in(&swapped.inner, spare),
         }
     }
 }

@@ -136,7 +136,10 @@ impl Engine {
         while self.running.len() < self.limits.sequences_max {
             let Some(mut sequence) = self.waiting.pop_front() else { break };
             if let Some(swapped) = sequence.swapped.take() {
-                match self.backend.swap_in(&swapped)? {
+                // A block for each that runs and for itself; alone it needs none beyond its own.
+                let running = self.running.len();
+                let spare = if running == 0 { 0 } else { running as u32 + 1 };
+                match self.backend.swap_in(&swapped, spare)? {
                     Some(blocks) => sequence.blocks = blocks,
                     None => {
                         sequence.swapped = Some(swapped);
