@@ -80,24 +80,15 @@ impl Region {
         Region { source: Arc::clone(&self.source), range: start..start + range.len() }
     }
 
-    /// Gives all bytes of the mapped file that this is a part of; they begin at a page.
-    #[must_use]
-    pub fn mapping(&self) -> Option<&[u8]> {
-        match &*self.source {
-            Source::Mapped(map) => Some(map),
-            Source::Owned(_) => None,
-        }
-    }
-
-    /// Brings pages of the mapped file into memory before they are touched, many at a time. A system that cannot is no
-    /// error: the pages come when they are touched.
+    /// Brings pages of a mapped file into memory before they are touched, many at a time. A system that cannot is no error:
+    /// the pages come when they are touched.
     ///
     /// # Panics
-    /// When the range is not inside the mapping.
+    /// When the range is not inside the region.
     pub fn populate(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.range.len(), "a range lies inside its region");
         if let Source::Mapped(map) = &*self.source {
-            assert!(range.start <= range.end && range.end <= map.len(), "a range lies inside its mapping");
-            let _ = map.advise_range(Advice::PopulateRead, range.start, range.len());
+            let _ = map.advise_range(Advice::PopulateRead, self.range.start + range.start, range.len());
         }
     }
 

@@ -211,7 +211,7 @@ impl Card {
             return Err(DeviceError::Unusable(reason));
         }
         let facts = cards.swap_remove(index as usize);
-        let (mut device, mut context, mut stream) = (0, std::ptr::null_mut(), std::ptr::null_mut());
+        let (mut device, mut context) = (0, std::ptr::null_mut());
         // SAFETY: `device` is a place for one number, and the card of this number exists.
         check("cuDeviceGet", unsafe { sys::cuDeviceGet(&raw mut device, index as c_int) })?;
         // SAFETY: `context` is a place for one handle.
@@ -223,11 +223,8 @@ impl Card {
         }
         // SAFETY: the context was just retained.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(context) })?;
-        const NON_BLOCKING: u32 = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: `stream` is a place for one handle, and a context is current.
-        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut stream, NON_BLOCKING) })?;
-        let (context, stream) = (Handle(context), Handle(stream));
-        Ok(Card { inner: Arc::new(Inner { facts, device, context, stream }) })
+        let stream = new_stream()?;
+        Ok(Card { inner: Arc::new(Inner { facts, device, context: Handle(context), stream }) })
     }
 
     /// Gives what the card is.
@@ -254,6 +251,12 @@ impl Card {
         // SAFETY: both are places for one number, and the context is current.
         check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) })?;
         Ok(Bytes(free as u64))
+    }
+
+    /// Makes a stream beside the card's own, for the calling thread to give back.
+    pub(super) fn new_stream(&self) -> Result<Handle<sys::CUstream>, DeviceError> {
+        self.enter()?;
+        new_stream()
     }
 
     /// Gives the stream.
@@ -365,6 +368,15 @@ impl Card {
         check("cuGraphInstantiate", code).and(destroyed)?;
         Ok(Graph { card: self.clone(), executable: Handle(executable) })
     }
+}
+
+/// Makes a stream in the current context.
+fn new_stream() -> Result<Handle<sys::CUstream>, DeviceError> {
+    const NON_BLOCKING: u32 = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: `stream` is a place for one handle, and a context is current.
+    check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut stream, NON_BLOCKING) })?;
+    Ok(Handle(stream))
 }
 
 /// Arguments that a kernel takes at most.

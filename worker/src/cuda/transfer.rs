@@ -12,9 +12,6 @@ use cudarc::driver::sys::{self, CUresult};
 use super::driver::{Card, Handle, check};
 use crate::device::DeviceError;
 
-/// What registering needs: ranges of whole pages.
-pub const PAGE_BYTES: usize = 4096;
-
 /// Numbers that may be copied byte by byte: any bits are a value.
 pub trait Plain: Copy + private::Sealed {}
 
@@ -114,8 +111,7 @@ impl Memory {
     /// The driver's.
     pub fn copy_in_plain(&self, offset: u64, from: &[u8]) -> Result<(), DeviceError> {
         assert!(offset + from.len() as u64 <= self.bytes, "a copy ends inside the card's memory");
-        // SAFETY: the range lies inside the allocation. Pageable memory is read before the call returns; registered memory
-        // is kept by its `Registered`, which waits for the stream when it ends.
+        // SAFETY: the range lies inside the allocation, and pageable memory is read before the call returns.
         let code = unsafe {
             sys::cuMemcpyHtoDAsync_v2(self.address + offset, from.as_ptr().cast(), from.len(), self.card.stream())
         };
@@ -226,33 +222,57 @@ impl Drop for HostBuffer {
     }
 }
 
-/// Bytes of a mapped file that the card may read directly while this lives.
+/// A pinned buffer on whose own stream bytes travel to the card, so that several threads can send side by side.
 #[derive(Debug)]
-pub struct Registered<'a> {
-    card: &'a Card,
-    bytes: &'a [u8],
+pub struct Stage {
+    stream: Handle<sys::CUstream>,
+    buffer: HostBuffer,
 }
 
-impl<'a> Registered<'a> {
-    /// Registers whole pages, read-only. `None` where the system does not allow it: copies are slower then.
+impl Stage {
+    /// Takes a buffer of so many bytes.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn take(card: &Card, bytes: usize) -> Result<Stage, DeviceError> {
+        let buffer = HostBuffer::take(card, bytes)?;
+        Ok(Stage { stream: card.new_stream()?, buffer })
+    }
+
+    /// Waits until the buffer is free, and sends bytes to a place. They have been read when this returns.
+    ///
+    /// # Errors
+    /// The driver's.
     ///
     /// # Panics
-    /// When the bytes do not begin at a page.
-    #[must_use]
-    pub fn new(card: &'a Card, bytes: &'a [u8]) -> Option<Registered<'a>> {
-        assert!((bytes.as_ptr() as usize).is_multiple_of(PAGE_BYTES), "pages are registered whole");
-        const READ_ONLY: u32 = sys::CU_MEMHOSTREGISTER_READ_ONLY;
-        let address = bytes.as_ptr().cast_mut().cast();
-        // SAFETY: the bytes live as long as this, and read-only registration never writes to them.
-        let code = unsafe { sys::cuMemHostRegister_v2(address, bytes.len(), READ_ONLY) };
-        (code == CUresult::CUDA_SUCCESS).then_some(Registered { card, bytes })
+    /// When the bytes do not fit the buffer, or pass the end of the memory.
+    pub fn send(&mut self, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        assert!(offset + bytes.len() as u64 <= memory.bytes, "a copy ends inside the card's memory");
+        self.wait()?;
+        self.buffer.write(0, bytes);
+        // SAFETY: both ranges lie inside their allocations: the buffer took the bytes. Whoever frees the memory has ended
+        // this stage or waited for it before; the buffer is freed by `drop`, behind a wait.
+        let code = unsafe {
+            sys::cuMemcpyHtoDAsync_v2(memory.address + offset, self.buffer.address.0, bytes.len(), self.stream.0)
+        };
+        check("cuMemcpyHtoDAsync", code)
+    }
+
+    /// Waits until what was sent is on the card.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn wait(&self) -> Result<(), DeviceError> {
+        // SAFETY: the stream is ours.
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream.0) })
     }
 }
 
-impl Drop for Registered<'_> {
+impl Drop for Stage {
     fn drop(&mut self) {
-        let _ = self.card.wait();
-        // SAFETY: the range was registered by `new`, and the stream is done with it.
-        let _ = unsafe { sys::cuMemHostUnregister(self.bytes.as_ptr().cast_mut().cast()) };
+        // An error says that the context is broken; the process is about to end then.
+        let _ = self.buffer.card.enter().and_then(|()| self.wait());
+        // SAFETY: the stream is ours, and nothing runs on it any more.
+        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream.0) };
     }
 }

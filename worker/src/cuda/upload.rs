@@ -1,26 +1,26 @@
-//! Bringing weights to a card straight from the mapped files.
+//! Bringing weights to a card from the mapped files.
 //!
-//! A file's pages are registered with the driver a piece at a time and copied from where they lie, so there is never a
-//! second copy in host memory; while one piece is being copied the next is registered. Where the system does not allow
-//! registering, the same copies go through the driver's own buffers.
+//! Several threads copy pieces of the files into small pinned buffers, each with a stream of its own, and the card fetches
+//! them from there: never more than those buffers is held twice. Registering the files' own pages with the driver instead,
+//! which copies nothing on the host, was measured slower: it pins page by page, and one thread at a time.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::driver::Card;
-use super::transfer::{Memory, PAGE_BYTES, Registered};
+use super::transfer::{Memory, Stage};
 use crate::checkpoint::Region;
 use crate::device::DeviceError;
 use crate::quant::Matrix;
 
-/// What is registered at a time. Two pieces are registered at once. Units: bytes.
-const PIECE_BYTES: usize = 256 << 20;
+/// What is sent at a time. Units: bytes.
+const PIECE_BYTES: usize = 4 << 20;
 
-/// Threads that bring pages into memory ahead of the copies.
-const READERS_MAX: usize = 8;
+/// Threads that send, each with two buffers: one is filled while the other is on its way.
+const SENDERS_MAX: usize = 12;
 
 /// Rows that are converted at a time.
 const CONVERTED_ROWS: usize = 256;
@@ -48,10 +48,12 @@ impl Source {
     }
 }
 
-/// A copy of bytes that lie in a mapped file: from an address, to a place.
+/// A part of a mapped file on its way: its bytes, and the place on the card.
 #[derive(Clone, Copy)]
-struct Copy<'a> {
-    bytes: &'a [u8],
+struct Piece<'a> {
+    region: &'a Region,
+    start: usize,
+    bytes: usize,
     to: u64,
 }
 
@@ -62,16 +64,16 @@ struct Copy<'a> {
 pub fn upload(
     card: &Card,
     memory: &Memory,
-    parts: Vec<(u64, Source)>,
+    parts: &[(u64, Source)],
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), DeviceError> {
     let total: u64 = parts.iter().map(|(_, source)| source.card_bytes() as u64).sum();
     let mut done = 0;
-    let mut mapped: Vec<Copy<'_>> = Vec::new();
-    for (to, source) in &parts {
+    let mut pieces: Vec<Piece<'_>> = Vec::new();
+    for (to, source) in parts {
         match source {
             Source::Region(region) if region.is_mapped() => {
-                mapped.push(Copy { bytes: region.bytes(), to: *to });
+                pieces.extend(cut(region, *to));
                 continue;
             }
             Source::Region(region) => memory.copy_in_plain(*to, region.bytes())?,
@@ -81,92 +83,54 @@ pub fn upload(
         done += source.card_bytes() as u64;
     }
     progress(done, total);
-    mapped.sort_unstable_by_key(|copy| copy.bytes.as_ptr() as usize);
-    let pieces = pieces(&mapped);
-    let pages: Vec<Option<Pages<'_>>> =
-        pieces.iter().map(|piece| parts.iter().find_map(|(_, source)| whole_pages(source, piece))).collect();
+    // In the order of the files, which a disk reads best.
+    pieces.sort_unstable_by_key(|piece| piece.region.bytes()[piece.start..].as_ptr() as usize);
     let next = AtomicUsize::new(0);
-    std::thread::scope(|scope| -> Result<(), DeviceError> {
-        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from).min(READERS_MAX) {
-            scope.spawn(|| read_ahead(&pages, &next));
-        }
-        let mut before: Option<Registered<'_>> = None;
-        for (piece, pages) in pieces.iter().zip(&pages) {
-            let registered = pages.as_ref().and_then(|pages| Registered::new(card, pages.bytes));
-            for copy in piece {
-                memory.copy_in_plain(copy.to, copy.bytes)?;
-                done += copy.bytes.len() as u64;
-            }
-            // The end of the piece before waits for its copies, which went on while this one was registered.
-            before = registered;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let (sender, sent) = mpsc::sync_channel(64);
+        let threads: Vec<_> = (0..cores.min(SENDERS_MAX))
+            .map(|_| {
+                let sender = sender.clone();
+                scope.spawn(|| send_pieces(card, memory, (&pieces, &next), sender))
+            })
+            .collect();
+        drop(sender);
+        for bytes in sent {
+            done += bytes as u64;
             progress(done, total);
         }
-        drop(before);
-        Ok(())
+        threads.into_iter().try_for_each(|thread| thread.join().expect("a sender does not panic"))
     })?;
-    card.wait()?;
-    progress(total, total);
-    Ok(())
+    card.wait()
 }
 
-/// Whole pages of a mapped file.
-struct Pages<'a> {
-    region: &'a Region,
-    range: Range<usize>,
-    bytes: &'a [u8],
-}
-
-/// Brings the pages of all pieces into memory, in order, a part at a time; several threads share the work.
-fn read_ahead(pages: &[Option<Pages<'_>>], next: &AtomicUsize) {
-    const PART_BYTES: usize = 8 << 20;
-    const PARTS: usize = PIECE_BYTES / PART_BYTES;
-    loop {
-        let index = next.fetch_add(1, Ordering::Relaxed);
-        let Some(pages) = pages.get(index / PARTS) else { return };
-        let Some(Pages { region, range, .. }) = pages else { continue };
-        let start = range.start + index % PARTS * PART_BYTES;
-        if start < range.end {
-            region.populate(start..range.end.min(start + PART_BYTES));
-        }
+/// Sends pieces until none is left that no other thread has taken.
+fn send_pieces(
+    card: &Card,
+    memory: &Memory,
+    (pieces, next): (&[Piece<'_>], &AtomicUsize),
+    sent: mpsc::SyncSender<usize>,
+) -> Result<(), DeviceError> {
+    card.enter()?;
+    let mut stages = [Stage::take(card, PIECE_BYTES)?, Stage::take(card, PIECE_BYTES)?];
+    for turn in 0.. {
+        let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+        let range = piece.start..piece.start + piece.bytes;
+        piece.region.populate(range.clone());
+        stages[turn % 2].send(memory, piece.to, &piece.region.bytes()[range])?;
+        // Nobody listens any more when the load was given up.
+        let _ = sent.send(piece.bytes);
     }
+    stages.iter().try_for_each(Stage::wait)
 }
 
-/// Cuts copies into pieces that span at most `PIECE_BYTES` of address space, at multiples of it.
-fn pieces<'a>(copies: &[Copy<'a>]) -> Vec<Vec<Copy<'a>>> {
-    let mut pieces: Vec<(usize, Vec<Copy<'a>>)> = Vec::new();
-    for copy in copies {
-        let mut rest = *copy;
-        while !rest.bytes.is_empty() {
-            let address = rest.bytes.as_ptr() as usize;
-            let piece = address / PIECE_BYTES;
-            let length = rest.bytes.len().min((piece + 1) * PIECE_BYTES - address);
-            let (head, tail) = rest.bytes.split_at(length);
-            let part = Copy { bytes: head, to: rest.to };
-            match pieces.last_mut() {
-                Some((last, copies)) if *last == piece => copies.push(part),
-                Some(_) | None => pieces.push((piece, vec![part])),
-            }
-            rest = Copy { bytes: tail, to: rest.to + length as u64 };
-        }
-    }
-    pieces.into_iter().map(|(_, copies)| copies).collect()
-}
-
-/// Gives the whole pages of a mapped file around a piece's copies, if the file is that of `source`.
-fn whole_pages<'a>(source: &'a Source, piece: &[Copy<'_>]) -> Option<Pages<'a>> {
-    let Source::Region(region) = source else { return None };
-    let whole = region.mapping()?;
-    let start = whole.as_ptr() as usize;
-    let (first, last) = (piece.first()?.bytes, piece.last()?.bytes);
-    let from = (first.as_ptr() as usize).checked_sub(start)?;
-    let to = (last.as_ptr() as usize + last.len()).checked_sub(start)?;
-    if to > whole.len() {
-        return None;
-    }
-    let from = from / PAGE_BYTES * PAGE_BYTES;
-    // Never beyond the file: its last page may be a part of one.
-    let to = to.next_multiple_of(PAGE_BYTES).min(whole.len());
-    Some(Pages { region, range: from..to, bytes: &whole[from..to] })
+/// Cuts a part of a mapped file into pieces that fit a buffer.
+fn cut(region: &Region, to: u64) -> impl Iterator<Item = Piece<'_>> {
+    (0..region.len()).step_by(PIECE_BYTES).map(move |start| {
+        let bytes = (region.len() - start).min(PIECE_BYTES);
+        Piece { region, start, bytes, to: to + start as u64 }
+    })
 }
 
 /// Decodes a matrix and rounds it to 16-bit floats, some rows at a time.

@@ -240,7 +240,7 @@ impl Planned {
         let descriptors = self.layout.descriptors.iter().flat_map(|(placed, output)| placed.descriptor(base, *output));
         let descriptors: Vec<u8> = descriptors.collect();
         self.layout.parts.push((self.descriptors_at, Source::Owned(descriptors)));
-        upload(card, &memory, std::mem::take(&mut self.layout.parts), progress)?;
+        upload(card, &memory, &self.layout.parts, progress)?;
         let matrices = base + self.descriptors_at;
         self.layers.iter_mut().for_each(|layer| layer.rebase(base, matrices));
         self.lm_head.rebase(base, matrices);
