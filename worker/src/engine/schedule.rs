@@ -12,6 +12,10 @@ pub struct Pending {
     pub tokens: u32,
 }
 
+/// The share of a step's prompt rows that are taken while answers run beside them: one in so many. The running answers wait
+/// for the whole step.
+const BESIDE_SHARE: u32 = 4;
+
 /// Shares a step among sequences: each role has rows of its own.
 #[must_use]
 pub fn share_step(pending: &[Pending], max: StepTokens) -> Vec<u32> {
@@ -19,7 +23,9 @@ pub fn share_step(pending: &[Pending], max: StepTokens) -> Vec<u32> {
         let tokens: Vec<u32> = pending.iter().map(|p| if p.role == role { p.tokens } else { 0 }).collect();
         share_rows(&tokens, rows_max)
     };
-    let (generated, prompt) = (of_role(Role::Generated, max.generated), of_role(Role::Prompt, max.prompt));
+    let is_beside = pending.iter().any(|pending| pending.role == Role::Generated && pending.tokens > 0);
+    let prompt_max = if is_beside { max.prompt.div_ceil(BESIDE_SHARE) } else { max.prompt };
+    let (generated, prompt) = (of_role(Role::Generated, max.generated), of_role(Role::Prompt, prompt_max));
     generated.into_iter().zip(prompt).map(|(generated, prompt)| generated + prompt).collect()
 }
 
@@ -58,8 +64,10 @@ mod tests {
             pending(Role::Prompt, 3),
             pending(Role::Generated, 9),
         ];
-        let max = StepTokens { generated: 4, prompt: 16 };
+        let max = StepTokens { generated: 4, prompt: 64 };
         assert_eq!(share_step(&all, max), [13, 1, 3, 3]);
+        // Alone, prompts have the whole step.
+        assert_eq!(share_step(&[all[0], all[2]], max), [61, 3]);
     }
 
     #[test]
