@@ -7,10 +7,11 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::{Advice, Mmap};
+use memmap2::Mmap;
 
 /// A range of bytes that many owners share; cloning copies no byte.
 #[derive(Clone)]
@@ -20,7 +21,7 @@ pub struct Region {
 }
 
 enum Source {
-    Mapped(Mmap),
+    Mapped { map: Mmap, file: File },
     Owned(Vec<u8>),
 }
 
@@ -40,7 +41,7 @@ impl Region {
         // supervisor replaces. Reading into memory instead would be safe but needs a second copy of the whole model.
         let map = unsafe { Mmap::map(&file)? };
         let range = 0..map.len();
-        Ok(Region { source: Arc::new(Source::Mapped(map)), range })
+        Ok(Region { source: Arc::new(Source::Mapped { map, file }), range })
     }
 
     /// Takes bytes that were computed here.
@@ -80,29 +81,31 @@ impl Region {
         Region { source: Arc::clone(&self.source), range: start..start + range.len() }
     }
 
-    /// Brings pages of a mapped file into memory before they are touched, many at a time. A system that cannot is no error:
-    /// the pages come when they are touched.
+    /// Copies a part out. Of a mapped file it is read rather than touched, which spares the mapping a page for each 4 KiB.
     ///
     /// # Panics
-    /// When the range is not inside the region.
-    pub fn populate(&self, range: Range<usize>) {
+    /// When the range is not inside the region, or `to` is of another length.
+    pub fn copy_to(&self, range: Range<usize>, to: &mut [u8]) {
         assert!(range.start <= range.end && range.end <= self.range.len(), "a range lies inside its region");
-        if let Source::Mapped(map) = &*self.source {
-            let _ = map.advise_range(Advice::PopulateRead, self.range.start + range.start, range.len());
+        if let Source::Mapped { map: _, file } = &*self.source
+            && file.read_exact_at(to, (self.range.start + range.start) as u64).is_ok()
+        {
+            return;
         }
+        to.copy_from_slice(&self.bytes()[range]);
     }
 
     /// Says whether the bytes are those of a mapped file rather than memory of our own.
     #[must_use]
     pub fn is_mapped(&self) -> bool {
-        matches!(*self.source, Source::Mapped(_))
+        matches!(*self.source, Source::Mapped { .. })
     }
 }
 
 impl Source {
     fn bytes(&self) -> &[u8] {
         match self {
-            Source::Mapped(map) => map,
+            Source::Mapped { map, file: _ } => map,
             Source::Owned(bytes) => bytes,
         }
     }
@@ -135,6 +138,11 @@ mod tests {
         let region = Region::map_file(&path).expect("mapped");
         std::fs::remove_file(&path).expect("removed");
         assert_eq!((region.bytes(), region.is_mapped()), (&b"bytes"[..], true));
+        for part in [region.slice(1..5), Region::from_vec(b"ytes".to_vec())] {
+            let mut copied = [0; 2];
+            part.copy_to(1..3, &mut copied);
+            assert_eq!(&copied, b"te");
+        }
         assert!(Region::map_file(folder.path()).is_err());
         assert!(Region::map_file(&path).is_err());
     }

@@ -239,22 +239,30 @@ impl Stage {
         Ok(Stage { stream: card.new_stream()?, buffer })
     }
 
-    /// Waits until the buffer is free, and sends bytes to a place. They have been read when this returns.
+    /// Waits until the buffer is free, has `bytes` of it filled, and sends them to a place.
     ///
     /// # Errors
     /// The driver's.
     ///
     /// # Panics
     /// When the bytes do not fit the buffer, or pass the end of the memory.
-    pub fn send(&mut self, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
-        assert!(offset + bytes.len() as u64 <= memory.bytes, "a copy ends inside the card's memory");
+    pub fn send(
+        &mut self,
+        memory: &Memory,
+        offset: u64,
+        bytes: usize,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<(), DeviceError> {
+        assert!(offset + bytes as u64 <= memory.bytes, "a copy ends inside the card's memory");
+        assert!(bytes <= self.buffer.bytes, "what is sent fits the buffer");
         self.wait()?;
-        self.buffer.write(0, bytes);
-        // SAFETY: both ranges lie inside their allocations: the buffer took the bytes. Whoever frees the memory has ended
+        // SAFETY: the range lies inside the allocation, whose bytes are initialised; the stream, the only one that knows of
+        // it, is done, and `&mut self` keeps all else away.
+        fill(unsafe { std::slice::from_raw_parts_mut(self.buffer.address.0.cast::<u8>(), bytes) });
+        // SAFETY: both ranges lie inside their allocations. Whoever frees the memory has ended
         // this stage or waited for it before; the buffer is freed by `drop`, behind a wait.
-        let code = unsafe {
-            sys::cuMemcpyHtoDAsync_v2(memory.address + offset, self.buffer.address.0, bytes.len(), self.stream.0)
-        };
+        let code =
+            unsafe { sys::cuMemcpyHtoDAsync_v2(memory.address + offset, self.buffer.address.0, bytes, self.stream.0) };
         check("cuMemcpyHtoDAsync", code)
     }
 

@@ -17,10 +17,10 @@ use crate::device::DeviceError;
 use crate::quant::Matrix;
 
 /// What is sent at a time. Units: bytes.
-const PIECE_BYTES: usize = 4 << 20;
+const PIECE_BYTES: usize = 2 << 20;
 
 /// Threads that send, each with two buffers: one is filled while the other is on its way.
-const SENDERS_MAX: usize = 12;
+const SENDERS_MAX: usize = 16;
 
 /// Rows that are converted at a time.
 const CONVERTED_ROWS: usize = 256;
@@ -117,8 +117,7 @@ fn send_pieces(
     for turn in 0.. {
         let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
         let range = piece.start..piece.start + piece.bytes;
-        piece.region.populate(range.clone());
-        stages[turn % 2].send(memory, piece.to, &piece.region.bytes()[range])?;
+        stages[turn % 2].send(memory, piece.to, piece.bytes, |buffer| piece.region.copy_to(range, buffer))?;
         // Nobody listens any more when the load was given up.
         let _ = sent.send(piece.bytes);
     }
