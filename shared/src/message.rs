@@ -249,8 +249,10 @@ pub enum MemoryKind {
     Weights,
     /// Weights that a card reads from the host's memory.
     HostWeights,
-    /// Keys and values of past tokens.
+    /// Keys and values of past tokens, where the model computes.
     KvCache,
+    /// Those of the layers that the host computes beside a card.
+    HostKvCache,
     /// Activations of one step.
     Scratch,
     /// What the driver keeps on a card for itself: context, code, graphs.
@@ -267,6 +269,7 @@ impl MemoryKind {
             MemoryKind::Weights => "weights",
             MemoryKind::HostWeights => "host_weights",
             MemoryKind::KvCache => "kv_cache",
+            MemoryKind::HostKvCache => "host_kv_cache",
             MemoryKind::Scratch => "scratch",
             MemoryKind::Reserve => "reserve",
             MemoryKind::Swap => "swap",

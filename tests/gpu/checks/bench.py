@@ -5,8 +5,10 @@ The checkpoint of random weights (about 12 GB) is written to the scratch folder 
 
 import json
 
-from .context import Skipped, TimedOut, run
+from .card import open_card
+from .context import Failed, Skipped, TimedOut, run
 from .memory import start_synthesis, wait_for_synthesis
+from .service import Service
 
 NAME = "twenty"
 SYNTHESIS_S = 240
@@ -27,6 +29,7 @@ POINTS = (
 )
 POINTS_QUICK = POINTS[:3]
 POINT_S = 75
+PLAN_S = 60
 REPETITIONS = 3
 
 
@@ -40,6 +43,22 @@ def synthesis(context):
     """The checkpoint is there."""
     context.need_cuda()
     _, text = wait_for_synthesis(context, NAME)
+    return text
+
+
+def plan(context):
+    """What the card holds with the whole model is what was planned, to a fiftieth."""
+    context.need_cuda()
+    card, model = open_card(context), wait_for_synthesis(context, NAME)[0]
+    base = card.used_bytes()
+    with Service(context, model) as service:
+        worker = service.wait_until_running(PLAN_S)["workers"][0]
+        service.request("POST", "/v1/completions", {"prompt": [1, 2, 3, 4], "max_tokens": 8, "temperature": 0})
+        held = card.used_bytes() - base
+    planned = sum(worker["memory"][part] for part in ("weights", "kv_cache", "scratch", "reserve"))
+    text = f"planned {planned >> 20} MiB, held {held >> 20} MiB, {held / planned - 1:+.1%}"
+    if abs(held - planned) > planned / 50:
+        raise Failed(text)
     return text
 
 
@@ -76,5 +95,5 @@ def _name(batch, depth, prompt, device_memory):
     return f"bench.b{batch}_d{depth}_p{prompt}" + (f"_{device_memory}" if device_memory else "")
 
 
-CASES = [("bench.synthesis", SYNTHESIS_S, synthesis)] + [(_name(*point), POINT_S + 5, _point(*point))
-                                                        for point in POINTS]
+CASES = [("bench.synthesis", SYNTHESIS_S, synthesis), ("bench.plan", PLAN_S + 10, plan)]
+CASES += [(_name(*point), POINT_S + 5, _point(*point)) for point in POINTS]

@@ -68,6 +68,23 @@ def answers(context):
         f"; not {different}" if different else "")
 
 
+def int8_cache(context):
+    """Keys and values in 8 bits take half the room and change next to no answer."""
+    context.need_cuda()
+    found = {}
+    for kv_type in ("bf16", "int8"):
+        with Service(context, context.demo_model(), "--kv-cache-type", kv_type) as service:
+            memory = service.wait_until_running()["workers"][0]["memory"]
+            found[kv_type] = (_answers(service), memory["kv_cache"])
+    (expected, wide), (answers_8, narrow) = found["bf16"], found["int8"]
+    if not 0.4 < narrow / wide < 0.7:
+        raise Failed(f"{narrow} bytes in 8 bits, {wide} in 16")
+    equal = sum(answers_8[question] == expected[question] for question in QUESTIONS)
+    if equal < EQUAL_MIN or "12" not in answers_8[QUESTIONS[0]]:
+        raise Failed(f"{equal} of {len(QUESTIONS)} as in 16 bits: {answers_8}")
+    return f"{equal} of {len(QUESTIONS)} as in 16 bits, in {narrow / wide:.0%} of the room"
+
+
 def side_by_side(context):
     """What runs beside a request changes no token of its answer."""
     with Service(context, context.demo_model()) as service:
@@ -101,6 +118,7 @@ def long_prompt(context):
 CASES = [
     ("chat.health", 60, health),
     ("chat.answers", 90, answers),
+    ("chat.int8_cache", 60, int8_cache),
     ("chat.side_by_side", 90, side_by_side),
     ("chat.long_prompt", 60, long_prompt),
 ]

@@ -6,7 +6,7 @@ import json
 import subprocess
 
 from .card import hog, open_card
-from .context import Failed, Skipped
+from .context import Failed, Skipped, run
 from .service import Service
 
 # Six layers of the 20b's shape: about 5 GB in NF4.
@@ -19,6 +19,7 @@ CONTEXT_BYTES = 1 << 30
 TINY_BUDGET = "256MiB"
 # Sequences that are too long to be held side by side.
 TURNS, TURN_TOKENS = 7, 6000
+LAYER_QUESTIONS = ("What is 7 plus 5?", "How do I check the health of the server?", "Count from 3 to 8.")
 LOAD_S = 60
 FREED_S = 60
 
@@ -113,6 +114,31 @@ def full_card(context):
     return f"{held >> 20} MiB held, {left >> 20} left: {'runs in that' if runs else end}; answers afterwards"
 
 
+def whole_layers(context):
+    """Where not even the keys and values fit, the last layers are the host's altogether, and answers are the same."""
+    context.need_cuda()
+    with Service(context, context.demo_model()) as service:
+        worker = service.wait_until_running()["workers"][0]
+        expected = {question: service.chat(question) for question in LAYER_QUESTIONS}
+    plan = [context.worker(), "plan", context.demo_model(), "--json", "--sequences", "1", "--context", "16384", "--vram"]
+    for hundredths in range(100, 60, -1):
+        row = json.loads(run([*plan, hundredths / 100], 20))["plans"][0]
+        if row.get("whole_layers"):
+            break
+    else:
+        raise Failed(f"no budget sends layers to the host: {row}")
+    flags = ("--device-memory", f"{row['budget'] >> 20}MiB", "--sequences-max", "1", "--context-tokens", "16384")
+    with Service(context, context.demo_model(), *flags) as service:
+        health = service.wait_until_running()
+        found = {question: service.chat(question) for question in LAYER_QUESTIONS}
+    device = health["workers"][0]["device"]
+    if "whole layers" not in device:
+        raise Failed(f"the plan {row} came to {device}, before {worker['memory']}")
+    if found != expected:
+        raise Failed(f"{found}, on the card alone {expected}")
+    return f"{device}: {row['given_up']}"
+
+
 def _complete(service, seed):
     """Continues a long prompt that differs by its seed."""
     prompt = [(place * 7919 + seed * 104729) % 1000 for place in range(TURN_TOKENS)]
@@ -145,6 +171,7 @@ def taking_turns(context):
 
 CASES = [
     ("memory.taking_turns", 60, taking_turns),
+    ("memory.whole_layers", 60, whole_layers),
     ("memory.tight_budget", 120, tight_budget),
     ("memory.no_budget", 75, no_budget),
     ("memory.full_card", 150, full_card),

@@ -12,7 +12,7 @@
 pub mod devices;
 #[expect(unsafe_code, reason = "calls the driver")]
 pub mod driver;
-mod host_experts;
+mod host_part;
 pub mod images;
 pub mod kernels;
 mod pass;
@@ -32,7 +32,7 @@ use bulkhead_shared::message::{LoadPlan, device_budget};
 use bulkhead_shared::units::Bytes;
 
 use self::driver::Card;
-use self::host_experts::HostExperts;
+use self::host_part::HostPart;
 use self::kernels::Kernels;
 use self::pass::{Graphs, Pass};
 use self::swap::{SwapSpace, SwappedBlocks};
@@ -60,13 +60,12 @@ const AVAILABLE_DEFAULT: Bytes = Bytes(4 << 30);
 pub struct CardModel {
     card: Card,
     config: Config,
-    cpu: Cpu,
     rope: RopeTable,
     kernels: Kernels,
     weights: CardWeights,
     /// The embedding, where the host gathers its rows.
     embedding: Option<Matrix>,
-    host_experts: HostExperts,
+    host: HostPart,
     pager: Pager,
     pools: [Pool; 2],
     step_tokens: StepTokens,
@@ -184,7 +183,7 @@ impl CardModel {
     ) -> Result<CardModel, DeviceError> {
         let is_tied = planned.is_embedding_on_card && config.has_tied_embeddings;
         let places = Places {
-            host_experts: planned.host_layers.clone(),
+            host_experts: planned.host_layers[..config.layers.len() - planned.whole_layers].to_vec(),
             is_embedding_on_card: planned.is_embedding_on_card && !is_tied,
         };
         let layout = Planned::new(&config, &weights, &places)?;
@@ -202,7 +201,9 @@ impl CardModel {
         let scratch_memory = Memory::take(&card, scratch.bytes.0, "the buffers of a step")?;
         // Counters are zero between launches.
         scratch_memory.clear()?;
+        let host = HostPart::new(&config, &weights, cpu, planned);
         let pager = Pager::new(KvShape::of(&config), planned.full_blocks, planned.sequences, step_tokens.sum());
+        assert!(host.agrees_with(&pager), "one book keeps the blocks of both");
         let pool = |kind: Kind| Pool::take(&card, kind, &pager, planned);
         let pools = [pool(Kind::Full)?, pool(Kind::Window)?];
         let inputs = |rows: u32| {
@@ -216,14 +217,13 @@ impl CardModel {
             results: Results::take(&card, &config, step_tokens.generated as usize)?,
             swap: SwapSpace::take(&card, usize::try_from(planned.swap.0).unwrap_or(0))?,
             embedding: on_card.embedding.is_none().then(|| weights.embedding.clone()),
-            host_experts: HostExperts::new(&config, &weights, &places.host_experts),
             rope: RopeTable::new(&config.rope),
             graphs: Graphs::default(),
             progress: Arc::default(),
             weight_bytes_read: 0,
             weights: on_card,
             config,
-            cpu,
+            host,
             kernels,
             pager,
             pools,
@@ -280,11 +280,11 @@ impl CardModel {
     #[must_use]
     pub fn describe(&self) -> String {
         let facts = self.card.facts();
-        let on_host = self.host_experts.layers();
-        let rest = if on_host > 0 {
-            format!(", experts of {on_host} layers on the {}", self.cpu.describe())
-        } else {
-            String::new()
+        let cpu = self.host.cpu().describe();
+        let rest = match self.host.counts() {
+            (0, 0) => String::new(),
+            (experts, 0) => format!(", experts of {experts} layers on the {cpu}"),
+            (experts, layers) => format!(", experts of {experts} layers and {layers} whole layers on the {cpu}"),
         };
         format!("cuda:{} ({}{rest})", facts.index, facts.name)
     }
@@ -298,7 +298,7 @@ impl CardModel {
     /// Gives the bytes of weights that steps have read so far.
     #[must_use]
     pub fn weight_bytes_read(&self) -> u64 {
-        self.weight_bytes_read + self.cpu.bytes_read()
+        self.weight_bytes_read + self.host.cpu().bytes_read()
     }
 
     /// Measures copies of `bytes` within the card's memory, after one that is not measured. Units: bytes read and written
@@ -349,7 +349,7 @@ impl CardModel {
         let mut outcomes: Vec<Option<Outcome>> = vec![None; wanted.len()];
         for role in [Role::Generated, Role::Prompt] {
             let pass = Pass::of(batch, wanted, role);
-            if pass.rows.is_empty() {
+            if pass.batch.rows.is_empty() {
                 continue;
             }
             for (place, outcome) in self.run_pass(&pass)? {
@@ -430,7 +430,8 @@ impl Pool {
                 most.min(pager.pool_blocks(kind))
             }
         };
-        let layers = pager.shape().layers(kind) as u32;
+        let on_card = pager.shape().spans.len() - planned.whole_layers;
+        let layers = pager.shape().spans[..on_card].iter().filter(|span| Kind::of(**span) == kind).count() as u32;
         let block_bytes = u64::from(layers) * card::layer_block_bytes(pager.shape(), planned.kv_type);
         let memory = Memory::take(card, u64::from(pager.pool_blocks(kind)) * block_bytes, "keys and values")?;
         // What was never written is read where a tile of keys ends within a block, and must be numbers.

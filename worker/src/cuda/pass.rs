@@ -1,7 +1,8 @@
 //! The computation of a step's tokens of one role, from ids to outcomes.
 //!
-//! Owns: the order of kernels, and the recorded graphs of generated tokens. A pass is one run of kernels where every expert
-//! is on the card, and else a run up to each layer whose experts the host computes. Invariant: whatever a pass reads of the
+//! Owns: the order of kernels, and the recorded graphs of generated tokens. A pass is one run of kernels where everything is
+//! on the card, and else a run up to each layer whose experts the host computes, and up to the layers that are the host's
+//! altogether. Invariant: whatever a pass reads of the
 //! host was written before its first kernel, and is left alone until the card is done.
 
 mod exchange;
@@ -18,7 +19,7 @@ use super::weights::{CardLayer, Experts, Product};
 use crate::device::DeviceError;
 use crate::engine::pager::{Kind, Span};
 use crate::memory::scratch::cuts_of;
-use crate::model::batch::{Batch, Outcome, Role, Row, Wanted};
+use crate::model::batch::{Batch, Outcome, Role, Wanted};
 
 /// Graphs that are kept. Each is for one number of tokens and one bound of the context.
 const GRAPHS_MAX: usize = 96;
@@ -31,10 +32,10 @@ pub(super) struct Graphs {
 
 /// The tokens of one role.
 #[derive(Debug)]
-pub(super) struct Pass {
+pub(super) struct Pass<'a> {
     role: Role,
-    /// The tokens.
-    pub(super) rows: Vec<Row>,
+    /// The tokens and their sequences' blocks, without outputs.
+    pub(super) batch: Batch<'a>,
     /// What is wanted: the row within this pass, the place among the batch's outputs, and what.
     outputs: Vec<(u32, usize, Wanted)>,
 }
@@ -55,16 +56,18 @@ struct Shape {
 /// Where a run of kernels ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
-    /// Before the experts of a layer that the host has.
+    /// Before the experts of a layer that the host has, or, at the number of the card's layers, before those that are the
+    /// host's altogether.
     Host(usize),
     /// Behind the last layer.
     Layers,
 }
 
-impl Pass {
+impl<'a> Pass<'a> {
     /// Picks the tokens of a role.
-    pub(super) fn of(batch: &Batch<'_>, wanted: &[Wanted], role: Role) -> Pass {
-        let mut pass = Pass { role, rows: Vec::new(), outputs: Vec::new() };
+    pub(super) fn of(batch: &Batch<'a>, wanted: &[Wanted], role: Role) -> Pass<'a> {
+        let none = Batch { rows: Vec::new(), blocks: batch.blocks.clone(), outputs: Vec::new() };
+        let mut pass = Pass { role, batch: none, outputs: Vec::new() };
         let mut outputs = batch.outputs.iter().zip(wanted).enumerate().peekable();
         for (index, row) in batch.rows.iter().enumerate() {
             let output = outputs.next_if(|(_, (output, _))| **output == index);
@@ -72,9 +75,9 @@ impl Pass {
                 continue;
             }
             if let Some((place, (_, wanted))) = output {
-                pass.outputs.push((pass.rows.len() as u32, place, *wanted));
+                pass.outputs.push((pass.batch.rows.len() as u32, place, *wanted));
             }
-            pass.rows.push(*row);
+            pass.batch.rows.push(*row);
         }
         pass
     }
@@ -82,11 +85,12 @@ impl Pass {
 
 impl CardModel {
     /// Computes a pass and gives each output's outcome with its place.
-    pub(super) fn run_pass(&mut self, pass: &Pass) -> Result<Vec<(usize, Outcome)>, DeviceError> {
-        let (rows, capacity) = (pass.rows.len() as u32, self.step_tokens.generated);
-        let last = pass.rows.iter().map(|row| row.position).max().unwrap_or(0);
+    pub(super) fn run_pass(&mut self, pass: &Pass<'_>) -> Result<Vec<(usize, Outcome)>, DeviceError> {
+        let tokens = &pass.batch.rows;
+        let (rows, capacity) = (tokens.len() as u32, self.step_tokens.generated);
+        let last = tokens.iter().map(|row| row.position).max().unwrap_or(0);
         let cuts = cuts_of(last + 1).next_power_of_two();
-        let is_apart = pass.rows.windows(2).all(|pair| pair[0].sequence != pair[1].sequence);
+        let is_apart = tokens.windows(2).all(|pair| pair[0].sequence != pair[1].sequence);
         self.write_rows(pass);
         let tiles = self.write_tiles(pass);
         let shape = |outputs| Shape { role: pass.role, rows, outputs, cuts, is_apart, tiles };
@@ -96,9 +100,9 @@ impl CardModel {
         let whole = shape(first.len() as u32);
         let can_record = self.rows.is_pinned() && self.results.chosen.is_pinned();
         if pass.role == Role::Generated && whole.outputs == rows && is_apart && can_record {
-            self.run_recorded(whole)?;
+            self.run_recorded(whole, &pass.batch)?;
         } else {
-            self.run_layers(whole)?;
+            self.run_layers(whole, &pass.batch)?;
             self.head(whole)?;
         }
         let mut outcomes = self.collect(first)?;
@@ -121,7 +125,7 @@ impl CardModel {
     }
 
     /// Runs the graphs of a pass, which are recorded when they are first needed.
-    fn run_recorded(&mut self, shape: Shape) -> Result<(), DeviceError> {
+    fn run_recorded(&mut self, shape: Shape, batch: &Batch<'_>) -> Result<(), DeviceError> {
         let key = (shape.rows, shape.cuts);
         if !self.graphs.recorded.contains_key(&key) {
             if self.graphs.recorded.len() >= GRAPHS_MAX {
@@ -138,13 +142,12 @@ impl CardModel {
             self.graphs.recorded.insert(key, recorded);
         }
         let graphs = self.graphs.recorded.remove(&key).expect("it was recorded");
-        let mut hosts = (0..self.weights.layers.len()).filter(|layer| self.weights.layers[*layer].experts.is_none());
+        let stops: Vec<usize> = self.host.stops().collect();
         for (index, graph) in graphs.iter().enumerate() {
             graph.launch()?;
-            if index + 1 < graphs.len() {
-                let layer = hosts.next().expect("a graph ends at a layer of the host or at the end");
+            if let Some(stop) = stops.get(index) {
                 self.card.wait()?;
-                self.host_experts.run(&self.cpu, layer, &mut self.rows, shape.rows as usize);
+                self.host.run(*stop, &mut self.rows, batch);
             }
         }
         self.graphs.recorded.insert(key, graphs);
@@ -171,12 +174,12 @@ impl CardModel {
     }
 
     /// Puts the layers of a pass on the stream, with the host's part between.
-    fn run_layers(&mut self, shape: Shape) -> Result<(), DeviceError> {
+    fn run_layers(&mut self, shape: Shape, batch: &Batch<'_>) -> Result<(), DeviceError> {
         let mut start = 0;
-        while let Stop::Host(layer) = self.layers(shape, start)? {
+        while let Stop::Host(stop) = self.layers(shape, start)? {
             self.card.wait()?;
-            self.host_experts.run(&self.cpu, layer, &mut self.rows, shape.rows as usize);
-            start = layer + 1;
+            self.host.run(stop, &mut self.rows, batch);
+            start = stop + 1;
         }
         Ok(())
     }
@@ -186,13 +189,17 @@ impl CardModel {
     }
 
     /// Puts layers on the stream, from `start` on: the first with what comes before it, a later one with the change that
-    /// the host computed for the layer before.
+    /// the host computed for the layer before. Behind the host's own layers the residual stream comes back.
     fn layers(&self, shape: Shape, start: usize) -> Result<Stop, DeviceError> {
-        let row_bytes = self.config.hidden_size * size_of::<f32>();
+        let bytes = shape.rows as usize * self.config.hidden_size * size_of::<f32>();
+        let end = self.weights.layers.len();
         if start == 0 {
             self.begin(shape)?;
+        } else if start <= end {
+            self.scratch_memory.copy_in(self.scratch.change, &self.rows, 0, bytes)?;
         } else {
-            self.scratch_memory.copy_in(self.scratch.change, &self.rows, 0, shape.rows as usize * row_bytes)?;
+            self.scratch_memory.copy_in(self.residual_place(shape.role, end), &self.rows, 0, bytes)?;
+            return Ok(Stop::Layers);
         }
         for (index, layer) in self.weights.layers.iter().enumerate().skip(start) {
             let x = self.residual(shape.role, index);
@@ -207,13 +214,19 @@ impl CardModel {
                 }
                 (None, _) => {
                     self.add_attention(shape, x, layer)?;
-                    let bytes = shape.rows as usize * row_bytes;
                     self.scratch_memory.copy_out(self.scratch.normal_wide, &self.rows, 0, bytes)?;
                     return Ok(Stop::Host(index));
                 }
             }
         }
-        Ok(Stop::Layers)
+        if self.host.counts().1 == 0 {
+            return Ok(Stop::Layers);
+        }
+        // Norm and output are not needed: the launch adds the last change to the stream.
+        let sum = AddNorm { out_f32: 0, ..self.norm(self.residual(shape.role, end), self.weights.final_norm) };
+        self.kernels.add_norm(&sum, &self.change_before(end), shape.rows)?;
+        self.scratch_memory.copy_out(self.residual_place(shape.role, end), &self.rows, 0, bytes)?;
+        Ok(Stop::Host(end))
     }
 
     /// Brings the inputs to the card and makes the residual stream.
@@ -249,11 +262,15 @@ impl CardModel {
 
     /// The address of the residual stream as a layer finds it: each routing of generated tokens moves it to the other side.
     fn residual(&self, role: Role, layer: usize) -> u64 {
+        self.at(self.residual_place(role, layer))
+    }
+
+    fn residual_place(&self, role: Role, layer: usize) -> u64 {
         let moves = match role {
             Role::Prompt => 0,
             Role::Generated => self.weights.layers[..layer].iter().filter(|layer| layer.experts.is_some()).count(),
         };
-        self.at(self.scratch.x[moves % 2])
+        self.scratch.x[moves % 2]
     }
 
     /// Adds what attention came to and normalises the sum for the experts.
@@ -391,7 +408,11 @@ impl CardModel {
             out_f32: 0,
             ..self.norm(self.residual(shape.role, self.weights.layers.len()), self.weights.final_norm)
         };
-        self.kernels.add_norm(&norm, &self.change_before(self.weights.layers.len()), shape.outputs)?;
+        let change = match self.host.counts().1 {
+            0 => self.change_before(self.weights.layers.len()),
+            _ => Change { parts: 0, count: 0, weights: 0 },
+        };
+        self.kernels.add_norm(&norm, &change, shape.outputs)?;
         // An output row is alone with the head whatever its role: it is the first generated token that it leads to.
         self.kernels.matvec(&self.weights.lm_head, head_input, self.at(scratch.logits), shape.outputs)?;
         let choice = Choice {

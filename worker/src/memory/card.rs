@@ -12,7 +12,8 @@
 //! 3. prompts are taken in smaller steps, and fewer sequences than were asked for run at once, but not fewer than eight;
 //! 4. a context that was left open becomes smaller, down to 8192 tokens;
 //! 5. the experts of as few layers as needed go to the host, the last layers first;
-//! 6. with all experts there, fewer than eight sequences run at once.
+//! 6. with all experts there, fewer than eight sequences run at once;
+//! 7. as few whole layers as needed go to the host too, with their keys and values, the last first.
 
 mod planner;
 
@@ -92,12 +93,16 @@ pub struct CardPlan {
     pub is_embedding_on_card: bool,
     /// For each layer whether its experts stay on the host.
     pub host_layers: Vec<bool>,
+    /// The last so many layers are on the host altogether.
+    pub whole_layers: usize,
     /// Weights on the card.
     pub weights_card: Bytes,
     /// Weights in the host's memory.
     pub weights_host: Bytes,
     /// Keys and values: `full_blocks`, and the blocks of sliding layers that `sequences` and the step call for.
     pub kv: Bytes,
+    /// Keys and values of whole layers on the host: as many blocks.
+    pub kv_host: Bytes,
     /// The buffers of a step.
     pub scratch: Bytes,
     /// For the driver's context, the modules and the graphs.
@@ -143,6 +148,13 @@ pub enum GivenUp {
         /// What they take.
         bytes: Bytes,
     },
+    /// Layers are on the host with their attention, keys and values.
+    LayersOnHost {
+        /// How many.
+        layers: u32,
+        /// The model's layers.
+        of: u32,
+    },
 }
 
 impl fmt::Display for GivenUp {
@@ -155,6 +167,7 @@ impl fmt::Display for GivenUp {
             GivenUp::ExpertsOnHost { layers, of, bytes: _ } => {
                 write!(f, "the experts of {layers} of {of} layers on the host")
             }
+            GivenUp::LayersOnHost { layers, of } => write!(f, "{layers} of {of} layers on the host altogether"),
         }
     }
 }
@@ -184,6 +197,7 @@ impl CardPlan {
                 (MemoryKind::Weights, self.weights_card),
                 (MemoryKind::HostWeights, self.weights_host),
                 (MemoryKind::KvCache, self.kv),
+                (MemoryKind::HostKvCache, self.kv_host),
                 (MemoryKind::Scratch, self.scratch),
                 (MemoryKind::Reserve, self.reserve),
                 (MemoryKind::Swap, self.swap),

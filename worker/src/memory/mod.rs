@@ -71,7 +71,7 @@ pub enum PlanError {
     /// Keys and values of this type are for a card alone.
     #[error("kv_cache_type {} is for a CUDA card: on the processor set it to {}", .0.as_str(), KvType::Bf16.as_str())]
     KvTypeOnProcessor(KvType),
-    /// Even with all experts on the host, what must be on the card is more than may be held there.
+    /// Even with all layers but one on the host, what must be on the card is more than may be held there.
     #[error("{}", card_too_small(*.context, *.needed, *.budget, *.fits))]
     CardTooSmall {
         /// The context in tokens that this was worked out for.
@@ -85,11 +85,11 @@ pub enum PlanError {
     },
     /// What does not go on the card does not fit beside it either.
     #[error(
-        "{needed} of weights have no place on a card of which {budget} may be used, and the host has {available} for them: \
+        "{needed} of the model have no place on a card of which {budget} may be used, and the host has {available} for them: \
          free host memory, or use a card with {needed} more"
     )]
     HostTooSmall {
-        /// The weights that stay on the host.
+        /// The weights that stay on the host, and one context of the layers there.
         needed: Bytes,
         /// What the host has.
         available: Bytes,
@@ -100,7 +100,7 @@ pub enum PlanError {
 
 fn card_too_small(context: u32, needed: Bytes, budget: Bytes, fits: u32) -> String {
     let fault = format!(
-        "a context of {context} tokens needs at least {needed} on the card with every expert on the host, and {budget} may be used: "
+        "a context of {context} tokens needs at least {needed} on the card with all but one layer on the host, and {budget} may be used: "
     );
     match fits {
         0 => fault + "give the device more memory, or compute on the processor",

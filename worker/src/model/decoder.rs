@@ -109,25 +109,40 @@ impl Decoder {
         self.cpu.run(|| self.step(batch, cache))
     }
 
+    /// Computes the layers alone, in place, for the part of a model that begins somewhere in its middle.
+    ///
+    /// Shapes: x: [batch, hidden].
+    ///
+    /// # Panics
+    /// When a sequence has no block for a row.
+    pub fn run_layers(&self, batch: &Batch<'_>, cache: &mut KvCache, x: &mut [f32]) {
+        self.cpu.run(|| self.layers(batch, cache, x));
+    }
+
     fn step(&self, batch: &Batch<'_>, cache: &mut KvCache) -> Vec<f32> {
         let hidden = self.config.hidden_size;
         let mut x = vec![0.0; batch.rows.len() * hidden];
         for (row, embedded) in batch.rows.iter().zip(x.chunks_exact_mut(hidden)) {
             self.weights.embedding.decode_row(row.token as usize, embedded);
         }
+        self.layers(batch, cache, &mut x);
+        self.logits(batch, &x)
+    }
+
+    /// Shapes: x: [batch, hidden].
+    fn layers(&self, batch: &Batch<'_>, cache: &mut KvCache, x: &mut [f32]) {
         let mut step = Step { batch, cache, rotation: self.rotation(batch) };
         let mut normalised = vec![0.0; x.len()];
         let mut change = vec![0.0; x.len()];
         for (index, layer) in self.weights.layers.iter().enumerate() {
-            rms_norm(&x, &layer.attention_norm, self.config.norm_eps, &mut normalised);
+            rms_norm(x, &layer.attention_norm, self.config.norm_eps, &mut normalised);
             self.attention(index, &mut step, &normalised, &mut change);
-            add(&mut x, &change);
-            rms_norm(&x, &layer.mlp_norm, self.config.norm_eps, &mut normalised);
+            add(x, &change);
+            rms_norm(x, &layer.mlp_norm, self.config.norm_eps, &mut normalised);
             self.mixture(layer, &normalised, &mut change);
-            add(&mut x, &change);
+            add(x, &change);
             self.progress.fetch_add(1, Ordering::Relaxed);
         }
-        self.logits(batch, &x)
     }
 
     /// Shapes: x, out: [batch, hidden].

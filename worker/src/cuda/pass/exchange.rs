@@ -11,28 +11,28 @@ use crate::quant::{FloatType, Matrix};
 
 impl CardModel {
     /// Writes what concerns the tokens: places, angles, and rows of the embedding that the host gathers.
-    pub(super) fn write_rows(&mut self, pass: &Pass) {
+    pub(super) fn write_rows(&mut self, pass: &Pass<'_>) {
         let half = self.config.head_dim / 2;
-        let mut angles = vec![0.0; pass.rows.len() * 2 * half];
+        let mut angles = vec![0.0; pass.batch.rows.len() * 2 * half];
         let rope = &self.rope;
-        self.cpu.for_each_chunk(&mut angles, 2 * half, |row, angles| {
+        self.host.cpu().for_each_chunk(&mut angles, 2 * half, |row, angles| {
             let (cosines, sines) = angles.split_at_mut(half);
-            rope.write(pass.rows[row].position as usize, cosines, sines);
+            rope.write(pass.batch.rows[row].position as usize, cosines, sines);
         });
         let (mut cosines, mut sines) = (Vec::new(), Vec::new());
         for row in angles.chunks_exact(2 * half) {
             cosines.extend_from_slice(&row[..half]);
             sines.extend_from_slice(&row[half..]);
         }
-        let numbers = |of: fn(&Row) -> u32| pass.rows.iter().map(of).collect::<Vec<u32>>();
+        let numbers = |of: fn(&Row) -> u32| pass.batch.rows.iter().map(of).collect::<Vec<u32>>();
         let tokens = match &self.embedding {
             // The host sends the rows themselves: the token of a row is its place among them.
             Some(embedding) => {
                 let row_bytes = self.config.hidden_size * size_of::<bf16>();
-                for (place, row) in pass.rows.iter().enumerate() {
+                for (place, row) in pass.batch.rows.iter().enumerate() {
                     self.rows.write(place * row_bytes, &embedding_row(embedding, row.token as usize));
                 }
-                (0..pass.rows.len() as u32).collect()
+                (0..pass.batch.rows.len() as u32).collect()
             }
             None => numbers(|row| row.token),
         };
@@ -49,15 +49,15 @@ impl CardModel {
     }
 
     /// Cuts a prompt's rows into tiles of attention: neighbours of one sequence. Gives their number.
-    pub(super) fn write_tiles(&mut self, pass: &Pass) -> u32 {
+    pub(super) fn write_tiles(&mut self, pass: &Pass<'_>) -> u32 {
         if pass.role == Role::Generated {
             return 0;
         }
         let most = tile_rows(self.config.heads, self.config.kv_heads);
         let mut tiles: Vec<[u32; 2]> = Vec::new();
-        for (index, row) in (0..).zip(&pass.rows) {
+        for (index, row) in (0..).zip(&pass.batch.rows) {
             match tiles.last_mut() {
-                Some([first, rows]) if *rows < most && pass.rows[*first as usize].sequence == row.sequence => {
+                Some([first, rows]) if *rows < most && pass.batch.rows[*first as usize].sequence == row.sequence => {
                     *rows += 1
                 }
                 Some(_) | None => tiles.push([index, 1]),

@@ -5,13 +5,13 @@ use bulkhead_shared::units::Bytes;
 
 use super::{CardLimits, CardPlan, GivenUp, KvType, RESERVE, WeightSizes};
 use super::{layer_block_bytes, scratch_bytes_card, step};
-use crate::engine::pager::{BLOCK_TOKENS, Kind, KvShape};
+use crate::engine::pager::{BLOCK_TOKENS, Kind, KvShape, Span};
 use crate::memory::{PlanError, context_asked, sequences_asked};
 use crate::model::config::Config;
 
-/// Prompt tokens of one step, largest first. What is smaller than the fourth is only tried when a wish ends there.
-const STEPS: [u32; 5] = [4096, 2048, 1024, 512, 256];
-const STEPS_EASY: usize = 4;
+/// Prompt tokens of one step, largest first. What is smaller than the fifth is only tried when a wish ends there.
+const STEPS: [u32; 6] = [8192, 4096, 2048, 1024, 512, 256];
+const STEPS_EASY: usize = 5;
 
 /// Sequences below which a plan does not go as long as experts could move instead: another sequence takes little room.
 const SEQUENCES_EASY: u32 = 8;
@@ -43,6 +43,8 @@ pub(super) struct Choice {
     step_tokens: u32,
     /// The last so many layers leave their experts on the host.
     host_layers: usize,
+    /// The last so many layers are on the host altogether.
+    whole_layers: usize,
     embedding: Place,
 }
 
@@ -52,8 +54,9 @@ pub(super) struct Planner<'p> {
     sizes: &'p WeightSizes,
     kv_type: KvType,
     shape: KvShape,
+    /// Bytes of one block of one layer: on the card, and on the host.
     layer_block: u64,
-    full_layers: u64,
+    layer_block_host: u64,
     limits: CardLimits,
     /// Blocks that the plan may have at most.
     blocks_max: u64,
@@ -82,7 +85,7 @@ impl<'p> Planner<'p> {
             sizes,
             kv_type,
             layer_block: layer_block_bytes(&shape, kv_type),
-            full_layers: shape.layers(Kind::Full) as u64,
+            layer_block_host: layer_block_bytes(&shape, KvType::Bf16),
             shape,
             limits,
             blocks_max: u64::MAX,
@@ -99,8 +102,8 @@ impl<'p> Planner<'p> {
 
     /// Bounds the keys and values to a size that was asked for.
     fn keep_to(&mut self, granted: Bytes) -> Result<(), PlanError> {
-        let windows = self.window_bytes(self.sequences, STEPS[0]);
-        let block = self.block_bytes();
+        let windows = self.window_bytes(self.sequences, STEPS[0], 0);
+        let block = self.block_bytes(0);
         self.blocks_max = granted.0.saturating_sub(windows).checked_div(block).unwrap_or(u64::MAX);
         let fits = u32::try_from(self.blocks_max.saturating_mul(u64::from(BLOCK_TOKENS))).unwrap_or(u32::MAX);
         if fits < self.floor {
@@ -114,13 +117,22 @@ impl<'p> Planner<'p> {
     /// Finds the layout that gives up least.
     pub(super) fn search(&self) -> Option<Choice> {
         let (context, sequences) = (self.context, self.sequences);
-        let all = Choice { context, sequences, step_tokens: STEPS[0], host_layers: 0, embedding: Place::Card };
-        let whole_pool = (blocks_of(context) * u64::from(sequences)).min(self.blocks_max) * self.block_bytes();
+        let all = Choice {
+            context,
+            sequences,
+            step_tokens: STEPS[0],
+            host_layers: 0,
+            whole_layers: 0,
+            embedding: Place::Card,
+        };
+        let whole_pool = (blocks_of(context) * u64::from(sequences)).min(self.blocks_max) * self.block_bytes(0);
         if self.fixed_bytes(all) + whole_pool <= self.limits.budget.0 {
             return Some(all);
         }
         let layers = self.sizes.layers.len();
-        let found = (0..=layers).find_map(|count| self.with_host_layers(count)).or_else(|| self.with_least(layers))?;
+        let experts = || (0..=layers).find_map(|count| self.with_host_layers(count));
+        // The first layer stays: without any there would be nothing to use the card for.
+        let found = experts().or_else(|| (0..layers).find_map(|whole| self.with_whole_layers(whole)))?;
         Some(Choice { context: self.largest_context(found), ..found })
     }
 
@@ -139,6 +151,7 @@ impl<'p> Planner<'p> {
                     sequences,
                     step_tokens: *step_tokens,
                     host_layers,
+                    whole_layers: 0,
                     embedding: self.embedding_off_card(),
                 };
                 if let Some(choice) = steps.iter().map(choice).find(|choice| self.fits(*choice)) {
@@ -149,20 +162,21 @@ impl<'p> Planner<'p> {
         None
     }
 
-    /// Tries fewer sequences still when all that can move has moved.
-    fn with_least(&self, layers: usize) -> Option<Choice> {
-        let least = self.least(layers);
+    /// Tries fewer sequences still when all experts and so many whole layers have moved.
+    fn with_whole_layers(&self, whole_layers: usize) -> Option<Choice> {
+        let least = Choice { whole_layers, ..self.least() };
         halvings(self.sequences).map(|sequences| Choice { sequences, ..least }).find(|choice| self.fits(*choice))
     }
 
-    fn least(&self, layers: usize) -> Choice {
-        let embedding = self.embedding_off_card();
+    fn least(&self) -> Choice {
+        let layers = self.sizes.layers.len();
         Choice {
             context: self.floor,
             sequences: 1,
             step_tokens: STEPS[STEPS.len() - 1],
             host_layers: layers,
-            embedding,
+            whole_layers: layers.saturating_sub(1),
+            embedding: self.embedding_off_card(),
         }
     }
 
@@ -183,28 +197,33 @@ impl<'p> Planner<'p> {
     }
 
     fn fits(&self, choice: Choice) -> bool {
-        self.fixed_bytes(choice) + blocks_of(choice.context) * self.block_bytes() <= self.limits.budget.0
+        let blocks = blocks_of(choice.context) * self.block_bytes(choice.whole_layers);
+        self.fixed_bytes(choice) + blocks <= self.limits.budget.0
     }
 
     /// Everything on the card but the blocks of layers that see the whole context.
     fn fixed_bytes(&self, choice: Choice) -> u64 {
-        let windows = self.window_bytes(choice.sequences, choice.step_tokens);
+        let windows = self.window_bytes(choice.sequences, choice.step_tokens, choice.whole_layers);
         self.weights_card(choice) + windows + self.scratch_bytes(choice) + RESERVE.0
     }
 
     fn weights_card(&self, choice: Choice) -> u64 {
         let layers: u64 = self.sizes.layers.iter().map(|layer| layer.attention + layer.experts).sum();
         let embedding = if choice.embedding == Place::Card { self.sizes.embedding } else { 0 };
-        self.sizes.lm_head + layers - self.host_experts(choice) + embedding
+        self.sizes.lm_head + layers - self.host_experts(choice) - self.host_attention(choice) + embedding
     }
 
     fn weights_host(&self, choice: Choice) -> u64 {
         let embedding = if choice.embedding == Place::Host { self.sizes.embedding } else { 0 };
-        self.host_experts(choice) + embedding
+        self.host_experts(choice) + self.host_attention(choice) + embedding
     }
 
     fn host_experts(&self, choice: Choice) -> u64 {
         self.sizes.layers.iter().rev().take(choice.host_layers).map(|layer| layer.experts).sum()
+    }
+
+    fn host_attention(&self, choice: Choice) -> u64 {
+        self.sizes.layers.iter().rev().take(choice.whole_layers).map(|layer| layer.attention).sum()
     }
 
     fn scratch_bytes(&self, choice: Choice) -> u64 {
@@ -212,22 +231,41 @@ impl<'p> Planner<'p> {
         scratch_bytes_card(self.config, step.generated, step.prompt, choice.context)
     }
 
-    fn block_bytes(&self) -> u64 {
-        self.layer_block * self.full_layers
+    /// Counts the layers of a kind that are on the card, and those on the host, when the last so many have moved.
+    fn layers(&self, kind: Kind, whole_layers: usize) -> (u64, u64) {
+        let (card, host) = self.shape.spans.split_at(self.shape.spans.len() - whole_layers);
+        let count = |spans: &[Span]| spans.iter().filter(|span| Kind::of(**span) == kind).count() as u64;
+        (count(card), count(host))
     }
 
-    fn window_bytes(&self, sequences: u32, step_tokens: u32) -> u64 {
-        let blocks = self.shape.window_blocks(sequences, step(sequences, step_tokens).sum());
-        u64::from(blocks) * self.window_block_bytes()
+    /// Bytes on the card of a block for layers that see the whole context.
+    fn block_bytes(&self, whole_layers: usize) -> u64 {
+        self.layer_block * self.layers(Kind::Full, whole_layers).0
     }
 
-    fn window_block_bytes(&self) -> u64 {
-        self.layer_block * self.shape.layers(Kind::Window) as u64
+    fn window_bytes(&self, sequences: u32, step_tokens: u32, whole_layers: usize) -> u64 {
+        self.window_blocks(sequences, step_tokens) * self.window_block_bytes(whole_layers)
+    }
+
+    fn window_blocks(&self, sequences: u32, step_tokens: u32) -> u64 {
+        u64::from(self.shape.window_blocks(sequences, step(sequences, step_tokens).sum()))
+    }
+
+    fn window_block_bytes(&self, whole_layers: usize) -> u64 {
+        self.layer_block * self.layers(Kind::Window, whole_layers).0
+    }
+
+    /// Bytes on the host: of a block for layers that see the whole context, and of all windows.
+    fn host_kv(&self, choice: Choice) -> (u64, u64) {
+        let layers = |kind| self.layers(kind, choice.whole_layers).1 * self.layer_block_host;
+        let windows = self.window_blocks(choice.sequences, choice.step_tokens) * layers(Kind::Window);
+        (layers(Kind::Full), windows)
     }
 
     pub(super) fn too_small(&self) -> PlanError {
-        let least = self.least(self.sizes.layers.len());
-        let needed = Bytes(self.fixed_bytes(least) + blocks_of(least.context) * self.block_bytes());
+        let least = self.least();
+        let blocks = blocks_of(least.context) * self.block_bytes(least.whole_layers);
+        let needed = Bytes(self.fixed_bytes(least) + blocks);
         let grains: Vec<u32> = (1..=self.floor / CONTEXT_GRAIN).collect();
         let fitting = grains.partition_point(|grains| self.fits(Choice { context: grains * CONTEXT_GRAIN, ..least }));
         let fits = fitting as u32 * CONTEXT_GRAIN;
@@ -238,19 +276,25 @@ impl<'p> Planner<'p> {
     pub(super) fn finish(&self, choice: Choice) -> Result<CardPlan, PlanError> {
         let (budget, available) = (self.limits.budget, self.limits.host_available);
         let weights_host = Bytes(self.weights_host(choice));
-        if weights_host > available {
-            return Err(PlanError::HostTooSmall { needed: weights_host, available, budget });
+        let (host_block, host_windows) = self.host_kv(choice);
+        let one_context = blocks_of(choice.context);
+        let needed = Bytes(weights_host.0 + host_windows + one_context * host_block);
+        if needed > available {
+            return Err(PlanError::HostTooSmall { needed, available, budget });
         }
         let fixed = self.fixed_bytes(choice);
-        let block = self.block_bytes();
-        let room = budget.0.saturating_sub(fixed).checked_div(block).unwrap_or(u64::MAX).min(self.blocks_max);
-        let wanted = blocks_of(choice.context) * u64::from(choice.sequences);
-        let blocks = room.min(wanted);
-        let kv = blocks * block + self.window_bytes(choice.sequences, choice.step_tokens);
-        // Sequences that hold all they could ever want never make room for each other.
-        let windows = u64::from(self.shape.window_blocks(choice.sequences, 0)) * self.window_block_bytes();
-        let lacking = if blocks < wanted { (wanted - blocks) * block + windows } else { 0 };
-        let swap = lacking.min(kv).min((available.0 - weights_host.0) / SWAP_SHARE);
+        let block = self.block_bytes(choice.whole_layers);
+        let host_left = available.0 - weights_host.0 - host_windows;
+        let host_room = (host_left / SWAP_SHARE).checked_div(host_block).unwrap_or(u64::MAX).max(one_context);
+        let room = budget.0.saturating_sub(fixed).checked_div(block).unwrap_or(u64::MAX);
+        let wanted = one_context * u64::from(choice.sequences);
+        let blocks = room.min(self.blocks_max).min(host_room).min(wanted);
+        let kv = blocks * block + self.window_bytes(choice.sequences, choice.step_tokens, choice.whole_layers);
+        // Sequences that hold all they could ever want never make room for each other. Where the host holds a part of their
+        // keys and values they are computed again: copies would save less than half.
+        let windows = u64::from(self.shape.window_blocks(choice.sequences, 0)) * self.window_block_bytes(0);
+        let lacking = if blocks < wanted && choice.whole_layers == 0 { (wanted - blocks) * block + windows } else { 0 };
+        let swap = lacking.min(kv).min(host_left / SWAP_SHARE);
         let layers = self.sizes.layers.len();
         Ok(CardPlan {
             context_tokens: choice.context,
@@ -261,6 +305,8 @@ impl<'p> Planner<'p> {
             kv_type: self.kv_type,
             is_embedding_on_card: choice.embedding == Place::Card,
             host_layers: (0..layers).map(|layer| layer >= layers - choice.host_layers).collect(),
+            whole_layers: choice.whole_layers,
+            kv_host: Bytes(blocks * host_block + host_windows),
             weights_card: Bytes(self.weights_card(choice)),
             weights_host,
             kv: Bytes(kv),
@@ -279,12 +325,14 @@ impl<'p> Planner<'p> {
             of,
             bytes: Bytes(self.host_experts(choice)),
         };
+        let whole = u32::try_from(choice.whole_layers).unwrap_or(u32::MAX);
         [
             (choice.embedding == Place::Host).then_some(GivenUp::EmbeddingOnHost),
             smaller(STEPS[0], choice.step_tokens).map(|(from, to)| GivenUp::StepTokens { from, to }),
             smaller(self.sequences, choice.sequences).map(|(from, to)| GivenUp::Sequences { from, to }),
             smaller(self.context_wished, choice.context).map(|(from, to)| GivenUp::Context { from, to }),
             (choice.host_layers > 0).then_some(experts),
+            (whole > 0).then_some(GivenUp::LayersOnHost { layers: whole, of }),
         ]
         .into_iter()
         .flatten()

@@ -39,12 +39,16 @@ fn nf4(context_tokens: u32, sequences: u32, budget_tenths: u64) -> Result<CardPl
 /// Checks what must be true of every plan.
 fn check_sums(plan: &CardPlan, sizes: &WeightSizes, limits: CardLimits) {
     assert!(plan.card_bytes() <= limits.budget, "{plan:?} passes {limits:?}");
-    assert!(plan.weights_host.0 + plan.swap.0 <= limits.host_available.0, "{plan:?} passes {limits:?}");
+    assert!(
+        plan.weights_host.0 + plan.kv_host.0 + plan.swap.0 <= limits.host_available.0,
+        "{plan:?} passes {limits:?}"
+    );
     let layers: u64 = sizes.layers.iter().map(|layer| layer.attention + layer.experts).sum();
     assert_eq!(plan.weights_card.0 + plan.weights_host.0, layers + sizes.embedding + sizes.lm_head);
     let moved = plan.host_layers.iter().zip(&sizes.layers).filter(|(is_host, _)| **is_host);
     let embedding = if plan.is_embedding_on_card { 0 } else { sizes.embedding };
-    assert_eq!(plan.weights_host.0, moved.map(|(_, layer)| layer.experts).sum::<u64>() + embedding);
+    let whole = sizes.layers.iter().rev().take(plan.whole_layers).map(|layer| layer.attention);
+    assert_eq!(plan.weights_host.0, moved.map(|(_, layer)| layer.experts).chain(whole).sum::<u64>() + embedding);
     assert!(u64::from(plan.full_blocks) * u64::from(BLOCK_TOKENS) >= u64::from(plan.context_tokens));
 }
 
@@ -99,12 +103,12 @@ fn each_rung_gives_up_one_thing_more() {
     // Less than a whole pool: the embedding, and room to make room.
     let plan = nf4(0, 8, 220).expect("fits");
     assert_eq!(words(&plan), ["the embedding on the host"]);
-    assert_eq!((plan.context_tokens, plan.step_tokens, plan.sequences), (131_072, 4096, 8));
+    assert_eq!((plan.context_tokens, plan.step_tokens, plan.sequences), (131_072, 8192, 8));
     assert!((4096..8 * 4096).contains(&plan.full_blocks), "{}", plan.full_blocks);
     assert!(plan.swap.0 > 0);
     // Smaller steps keep the context.
     let plan = first(8, |given_up| matches!(given_up, GivenUp::StepTokens { .. }));
-    assert_eq!(words(&plan), ["the embedding on the host", "prompt steps of 2048 tokens instead of 4096"]);
+    assert_eq!(words(&plan), ["the embedding on the host", "prompt steps of 4096 tokens instead of 8192"]);
     // Fewer of many sequences do too.
     let plan = first(64, |given_up| matches!(given_up, GivenUp::Sequences { .. }));
     assert_eq!((plan.context_tokens, plan.given_up.len()), (131_072, 3), "{:?}", plan.given_up);
@@ -114,7 +118,7 @@ fn each_rung_gives_up_one_thing_more() {
     assert_eq!(plan.context_given_up, Some(131_072));
     assert!((32_768..131_072).contains(&plan.context_tokens), "{}", plan.context_tokens);
     assert_eq!(plan.context_tokens % CONTEXT_STEP, 0);
-    assert_eq!((plan.step_tokens, plan.host_layers.contains(&true)), (4096, false));
+    assert_eq!((plan.step_tokens, plan.host_layers.contains(&true)), (8192, false));
     // Experts go, the last layers first, as few as needed.
     let plan = first(8, |given_up| matches!(given_up, GivenUp::ExpertsOnHost { .. }));
     let last_alone: Vec<bool> = (0..24).map(|layer| layer == 23).collect();
@@ -138,16 +142,39 @@ fn a_context_that_was_asked_for_moves_experts_instead() {
 }
 
 #[test]
+fn whole_layers_move_where_keys_and_values_alone_are_too_large() {
+    // Keys and values of 131072 tokens take 256 MiB in each layer that sees them all.
+    let plan = nf4(131_072, 8, 30).expect("layers move");
+    assert_eq!((plan.context_tokens, plan.sequences, plan.swap), (131_072, 8, Bytes(0)));
+    assert!(plan.whole_layers > 0 && plan.host_layers.iter().all(|is_host| *is_host), "{plan:?}");
+    let more = nf4(131_072, 8, 33).expect("fewer layers move");
+    assert!((1..plan.whole_layers).contains(&more.whole_layers), "{}", more.whole_layers);
+    let moved = |plan: &CardPlan| (24 - plan.whole_layers..24).filter(|layer| layer % 2 == 1).count() as u64;
+    assert!(plan.kv_host.0 >= moved(&plan) * (256 << 20), "{plan:?}");
+    let layers = u32::try_from(plan.whole_layers).expect("few");
+    assert_eq!(plan.given_up.last(), Some(&GivenUp::LayersOnHost { layers, of: 24 }));
+    assert_eq!(nf4(8192, 8, 30).expect("fits").whole_layers, 0);
+}
+
+#[test]
 fn what_does_not_fit_says_what_would() {
-    let error = nf4(131_072, 8, 50).expect_err("keys and values alone take three GiB");
+    // The layer that stays longest sees the whole context.
+    let mut config = config("20b");
+    config.layers.reverse();
+    let sizes = sizes_of(&config, Some(Quantization::Nf4));
+    let plan = |context, budget| {
+        let limits = CardLimits { budget: Bytes(budget), host_available: Bytes(64 * GIB) };
+        plan_card(&config, &sizes, &asked(context, 8), KvType::Bf16, limits)
+    };
+    let budget = 19 * GIB / 10;
+    let error = plan(131_072, budget).expect_err("its keys and values alone take 256 MiB");
     let PlanError::CardTooSmall { context: 131_072, fits, needed, .. } = error else { panic!("{error}") };
     assert!(error.to_string().contains(&format!("set context_tokens to at most {fits}")), "{error}");
-    let plan = nf4(fits, 8, 50).expect("what the error says fits");
-    assert_eq!((plan.context_tokens, plan.sequences < 8), (fits, true));
-    let tenths = needed.0 * 10 / GIB;
-    assert!(nf4(131_072, 1, tenths).is_err() && nf4(131_072, 1, tenths + 1).is_ok(), "{needed}");
+    let fitting = plan(fits, budget).expect("what the error says fits");
+    assert_eq!(fitting.context_tokens, fits);
+    assert!(plan(131_072, needed.0 - 1).is_err() && plan(131_072, needed.0).is_ok(), "{needed}");
 
-    let error = nf4(0, 8, 10).expect_err("no room for anything");
+    let error = plan(0, GIB).expect_err("no room for anything");
     assert!(matches!(error, PlanError::CardTooSmall { fits: 0, .. }), "{error}");
     assert!(error.to_string().ends_with("give the device more memory, or compute on the processor"), "{error}");
 }
@@ -207,7 +234,8 @@ fn eight_bits_hold_nearly_twice_the_tokens() {
     let limits = CardLimits { budget: Bytes(22 * GIB), host_available: Bytes(64 * GIB) };
     let blocks = |kv_type| plan_card(&config, &sizes, &asked(0, 8), kv_type, limits).expect("fits").full_blocks;
     let ratio = f64::from(blocks(KvType::Int8)) / f64::from(blocks(KvType::Bf16));
-    assert!((1.88..1.9).contains(&ratio), "68 bytes instead of 128 for a head: {ratio}");
+    // The windows, which are not counted here, shrink too, and leave some room for more.
+    assert!((1.88..1.93).contains(&ratio), "68 bytes instead of 128 for a head: {ratio}");
 }
 
 #[test]
