@@ -282,3 +282,15 @@ fn a_kill_by_the_kernel_for_want_of_memory_is_told_from_others() {
     let given_up = server.health()["workers"][0]["given_up"].clone();
     assert_eq!(given_up, json!(["2 requests at once instead of 8, since a worker ran out of memory"]));
 }
+
+#[test]
+fn a_worker_that_passes_its_plan_is_replaced_by_one_that_gets_less() {
+    let server = Server::start_fake(&["--sequences-max", "8"]);
+    // Without a limit of the kernel's it takes a gibibyte, of which no plan knew.
+    check(&server, "[oom=2] [once]");
+    server.wait_for_log("of the host's memory where its plan allows");
+    let causes = server.get("/metrics").text().expect("metrics are text");
+    assert!(causes.contains("cause=\"over_budget\"}"), "{causes}");
+    let given_up = server.health()["workers"][0]["given_up"].clone();
+    assert!(given_up[0].as_str().is_some_and(|words| words.contains("since a worker ran out of memory")), "{given_up}");
+}

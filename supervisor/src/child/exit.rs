@@ -28,6 +28,8 @@ pub enum KillReason {
     LinkClosed,
     /// It was asked to end and did not in time.
     StopTimeout,
+    /// It held more memory than its plan allows.
+    OverBudget,
 }
 
 impl KillReason {
@@ -43,6 +45,7 @@ impl KillReason {
             KillReason::Canary => "killed: it could not generate its first token",
             KillReason::LinkClosed => "killed: it closed its link and stayed",
             KillReason::StopTimeout => "killed: it did not end in time",
+            KillReason::OverBudget => "killed: it held more memory than planned",
         }
     }
 }
@@ -114,7 +117,7 @@ impl Cause {
                 | WorkerExit::SandboxIncomplete => false,
             },
             Cause::Killed(reason) => match reason {
-                KillReason::Hang | KillReason::Protocol | KillReason::LinkClosed => true,
+                KillReason::Hang | KillReason::Protocol | KillReason::LinkClosed | KillReason::OverBudget => true,
                 KillReason::StartStalled
                 | KillReason::LoadStalled
                 | KillReason::Version
@@ -155,6 +158,7 @@ impl Cause {
                 KillReason::Version => "version",
                 KillReason::Canary => "canary",
                 KillReason::StopTimeout => "stop_timeout",
+                KillReason::OverBudget => "over_budget",
             },
         }
     }
@@ -167,6 +171,7 @@ impl Cause {
             Cause::Exit(WorkerExit::OutOfDeviceMemory | WorkerExit::OutOfHostMemory)
                 | Cause::OutOfMemory
                 | Cause::SuspectedOutOfMemory
+                | Cause::Killed(KillReason::OverBudget)
         )
     }
 

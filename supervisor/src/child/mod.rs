@@ -6,6 +6,7 @@
 
 mod budget;
 pub mod exit;
+mod held;
 mod incarnation;
 pub mod lifecycle;
 mod link;

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::generate::{Generate, Prompt, Sampling};
-use bulkhead_shared::message::{FromWorker, LoadPlan, ToWorker};
+use bulkhead_shared::message::{DeviceChoice, FromWorker, LoadPlan, ToWorker};
 use bulkhead_shared::units::RequestId;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Interval, MissedTickBehavior};
 use tracing::{debug, error, info, warn};
 
 use super::exit::{Cause, KillReason};
+use super::held;
 use super::incarnation::{self, Incarnation};
 use super::lifecycle::{Action, Event, Lifecycle, Settings, State};
 use super::link::LinkError;
@@ -103,7 +104,10 @@ impl Runner {
                 }
                 Input::Sent => {}
                 Input::Control(control) => self.take_control(control).await,
-                Input::Ping => self.ping(),
+                Input::Ping => {
+                    self.ping();
+                    self.measure().await;
+                }
                 Input::Tick => self.step(Event::Tick).await,
             }
             self.settle().await;
@@ -264,6 +268,18 @@ impl Runner {
         if current.unsent.is_none() {
             let nonce = current.protocol.next_nonce();
             current.send(&ToWorker::Ping { nonce }).expect("a ping fits a frame");
+        }
+    }
+
+    /// Measures what the worker holds, and ends one that passes its plan.
+    async fn measure(&mut self) {
+        let Some(current) = self.current.as_ref().filter(|current| current.killed.is_none()) else { return };
+        let Some(held) = current.process.id().and_then(held::held_by) else { return };
+        let is_on_card = self.plan.device != DeviceChoice::Cpu;
+        let allowed = self.ends.status.borrow().facts.as_ref().map(|facts| held::allowed(&facts.memory, is_on_card));
+        if let Some(allowed) = allowed.filter(|allowed| held > *allowed) {
+            let detail = format!("it holds {held} of the host's memory where its plan allows {allowed}");
+            self.condemn(KillReason::OverBudget, detail).await;
         }
     }
 

@@ -1,0 +1,66 @@
+//! What a worker holds of the host's memory, measured from outside, beside what its plan allows.
+//!
+//! Counted is what the kernel cannot take back by itself: anonymous and shared memory, in memory or swapped out. Pages of
+//! mapped files, and so weights that lie in the page cache, do not count. Reads one file below `/proc` and nothing else.
+
+use std::fs;
+
+use bulkhead_shared::message::MemoryKind;
+use bulkhead_shared::units::Bytes;
+
+/// What a worker may hold beyond its plan: code, tables, what passes between allocations. One in so many, and at least this.
+const SLACK_SHARE: u64 = 10;
+const SLACK_MIN: Bytes = Bytes(512 << 20);
+
+/// Gives what a process holds; `None` when it is gone.
+pub(super) fn held_by(pid: u32) -> Option<Bytes> {
+    parse(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+fn parse(status: &str) -> Option<Bytes> {
+    let kib = |name: &str| -> Option<u64> {
+        let rest = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        rest.trim().strip_suffix("kB")?.trim_end().parse().ok()
+    };
+    let parts = [kib("RssAnon")?, kib("RssShmem")?, kib("VmSwap").unwrap_or(0)];
+    Some(Bytes(parts.iter().sum::<u64>() << 10))
+}
+
+/// Gives what a worker with this plan may hold on the host.
+pub(super) fn allowed(plan: &[(MemoryKind, Bytes)], is_on_card: bool) -> Bytes {
+    let counts = |kind: MemoryKind| match kind {
+        MemoryKind::HostWeights | MemoryKind::HostKvCache | MemoryKind::Swap => true,
+        MemoryKind::Weights | MemoryKind::KvCache | MemoryKind::Scratch => !is_on_card,
+        MemoryKind::Reserve => false,
+    };
+    let planned: u64 = plan.iter().filter(|(kind, _)| counts(*kind)).map(|(_, bytes)| bytes.0).sum();
+    Bytes(planned.saturating_add(SLACK_MIN.0.max(planned / SLACK_SHARE)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_memory_that_the_kernel_cannot_take_back_counts() {
+        let status = "Name:\tworker\nVmRSS:\t  900 kB\nRssAnon:\t  100 kB\nRssFile:\t  790 kB\nRssShmem:\t 10 kB\nVmSwap:\t 2 kB\n";
+        assert_eq!(parse(status), Some(Bytes(112 << 10)));
+        assert_eq!(parse(&status.replace("VmSwap:\t 2 kB\n", "")), Some(Bytes(110 << 10)));
+        assert_eq!(parse("Name:\tzombie\n"), None);
+        assert!(held_by(std::process::id()).is_some_and(|held| held.0 > 0));
+    }
+
+    #[test]
+    fn a_plan_counts_where_it_says() {
+        const GIB: u64 = 1 << 30;
+        let plan = [
+            (MemoryKind::Weights, Bytes(20 * GIB)),
+            (MemoryKind::HostWeights, Bytes(2 * GIB)),
+            (MemoryKind::Reserve, Bytes(GIB)),
+            (MemoryKind::Swap, Bytes(GIB)),
+        ];
+        assert_eq!(allowed(&plan, true), Bytes(3 * GIB + SLACK_MIN.0));
+        assert_eq!(allowed(&plan, false), Bytes(23 * GIB + 23 * GIB / 10));
+        assert_eq!(allowed(&[], false), SLACK_MIN);
+    }
+}
