@@ -134,6 +134,7 @@ def check_rest(modules):
     modules["norm"].launch("embed", [4], 256, 0, [table, tokens, 50, HIDDEN, x])
     same("embedding", x[[0, 1, 3]], bf16_values(table[[49, 0, 7]]))
     note("embedding of no token", bool(cp.isnan(x[2]).all()), "not a number")
+    check_gate(modules)
     logits = cp.random.standard_normal((2, VOCABULARY), dtype=cp.float32)
     logits[1, 200000] = 30
     chooser = Chooser(modules, logits, [0.0, 1.0])
@@ -142,6 +143,15 @@ def check_rest(modules):
     expected = [int(logits[0].argmax()), 200000]
     note("choice of a token", [int(found[0, 0]), int(found[1, 0])] == expected and (found[:, 1] == 0xFFFFFFFF).all(), "")
     check_draws(modules)
+
+
+def check_gate(modules):
+    rows, inner = 3, 8192
+    pairs = cp.random.standard_normal((rows, 2, inner), dtype=cp.float32) * 4
+    wide = pairs.astype(cp.float64)
+    out = cp.zeros((rows, inner), cp.uint16)
+    modules["norm"].launch("silu_gate", [inner // 1024, rows], 256, 0, [pairs, inner, out])
+    report("silu_gate", bf16_values(out), wide[:, 0] / (1 + cp.exp(-wide[:, 0])) * wide[:, 1], 2e-3)
 
 
 def check_draws(modules):

@@ -1,7 +1,7 @@
-// What happens to a token's residual stream between the products: embedding, adding a layer's change, RMSNorm.
+// What happens to a token between the products: embedding, adding a layer's change, RMSNorm, the gate of a dense layer.
 //
-// Agrees with: rms_norm (worker/src/model/norm.rs), the sum at the end of Mixture::run (moe.rs), and Decoder::forward's
-// embedding and additions (decoder.rs).
+// Agrees with: rms_norm (worker/src/model/norm.rs), the sum at the end of Mixture::run (moe.rs), Decoder::forward's embedding
+// and additions (decoder.rs), and silu(gate) * up of DenseMlp::run (mlp.rs), rounded to bf16.
 
 #include "common.cuh"
 
@@ -73,4 +73,17 @@ ENTRY __launch_bounds__(768) add_norm(float* x, const float* parts, u32 part_cou
         }
         if (out_f32 != nullptr) *(float4*)(out_f32 + place) = value;
     }
+}
+
+// Gates a dense layer: out = silu(gate) * up, each thread four of them. A row holds `inner` gates, then their ups.
+ENTRY __launch_bounds__(256) silu_gate(const float* gate_up, u32 inner, bf16* out) {
+    let_next_start();
+    wait_for_previous();
+    u32 at = (blockIdx.x * blockDim.x + threadIdx.x) * OWN;
+    if (at >= inner) return;
+    const float* row = gate_up + (size_t)blockIdx.y * 2 * inner;
+    float4 gate = *(const float4*)(row + at), up = *(const float4*)(row + inner + at);
+    gate.x *= up.x / (1.0f + expf(-gate.x)), gate.y *= up.y / (1.0f + expf(-gate.y));
+    gate.z *= up.z / (1.0f + expf(-gate.z)), gate.w *= up.w / (1.0f + expf(-gate.w));
+    *(uint2*)(out + (size_t)blockIdx.y * inner + at) = uint2{narrow_pair(gate.x, gate.y), narrow_pair(gate.z, gate.w)};
 }

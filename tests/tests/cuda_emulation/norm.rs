@@ -1,11 +1,11 @@
-//! norm.cu: embedding, adding a layer's change, RMSNorm.
+//! norm.cu: embedding, adding a layer's change, RMSNorm, the gate of a dense layer.
 
 use bulkhead_worker::model::norm::rms_norm;
 
 use crate::emulator::{Arg, Factors, Fault, Order, Program, Session};
 use crate::support::{Random, check_file, compare, same_bits};
 
-const FAULTS: [Fault; 5] = [
+const FAULTS: [Fault; 7] = [
     Fault { name: "epsilon forgotten", file: "norm.cu", from: "(float)hidden + epsilon", to: "(float)hidden" },
     Fault {
         name: "weights of the first row for all",
@@ -19,6 +19,8 @@ const FAULTS: [Fault; 5] = [
         from: "if (part_count > 0) *(float4*)(own + at) = value;",
         to: "",
     },
+    Fault { name: "the gate not squashed", file: "norm.cu", from: "up.z / (1.0f + expf(-gate.z))", to: "up.z" },
+    Fault { name: "gates for ups", file: "norm.cu", from: "(row + inner + at)", to: "(row + at)" },
     Fault {
         name: "no barrier in the sum",
         file: "common.cuh",
@@ -115,10 +117,29 @@ fn check(program: &Program, order: Order) -> Result<(), String> {
         same_bits("the embedding", &found[row * 96..(row + 1) * 96], &table[token * 96..(token + 1) * 96])?;
     }
     // A token outside the vocabulary must not pass for a number.
-    if found[2 * 96..3 * 96].iter().all(|value| value.is_nan()) { Ok(()) } else { Err("token 7 of 7".into()) }
+    if !found[2 * 96..3 * 96].iter().all(|value| value.is_nan()) {
+        return Err("token 7 of 7".into());
+    }
+    [(3, 1100), (1, 64)].into_iter().try_for_each(|(rows, inner)| check_gate(program, order, rows, inner, &mut random))
+}
+
+fn check_gate(program: &Program, order: Order, rows: usize, inner: usize, random: &mut Random) -> Result<(), String> {
+    let mut pairs = random.floats(rows * 2 * inner, 3.0);
+    // Neither side of the sigmoid may overflow.
+    (pairs[0], pairs[1]) = (-200.0, 200.0);
+    let gated = |row: &[f32]| {
+        let (gates, ups) = row.split_at(inner);
+        gates.iter().zip(ups).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect::<Vec<_>>()
+    };
+    let expected: Vec<f32> = pairs.chunks_exact(2 * inner).flat_map(gated).collect();
+    let mut session = Session::default();
+    let (pairs, out) = (session.floats(&pairs), session.output(rows * inner * 2));
+    let grid = [(inner as u32).div_ceil(1024), rows as u32, 1];
+    session.launch("silu_gate", (grid, 256, 0), order, &[Arg::At(pairs), Arg::Word(inner as u32), Arg::At(out)]);
+    compare("the gate", &session.run(program)?.widened(out), &expected, 2e-3)
 }
 
 #[test]
 fn norms_agree_with_the_cpu() {
-    check_file("norm", &["embed", "add_norm"], &[Factors::Bf16], check, &FAULTS);
+    check_file("norm", &["embed", "add_norm", "silu_gate"], &[Factors::Bf16], check, &FAULTS);
 }
