@@ -153,11 +153,13 @@ fn sizes_of_loaded(weights: &Weights) -> WeightSizes {
     };
     let layers = weights.layers.iter().map(|layer| {
         let attention = &layer.attention;
-        let linears = [&attention.q, &attention.k, &attention.v, &attention.o, &layer.router];
+        let router = layer.mlp.experts().map(|mixture| &mixture.router);
+        let linears = [&attention.q, &attention.k, &attention.v, &attention.o].into_iter().chain(router);
         let floats = layer.attention_norm.len() + layer.mlp_norm.len() + attention.sinks.len();
-        let experts = layer.experts.iter().flat_map(|expert| [&expert.gate_up, &expert.down]);
+        let experts = layer.mlp.experts().into_iter().flat_map(|mixture| &mixture.experts);
+        let experts = experts.flat_map(|expert| [&expert.gate_up, &expert.down]);
         LayerSizes {
-            attention: linears.into_iter().map(linear).sum::<u64>() + 4 * floats as u64,
+            attention: linears.map(linear).sum::<u64>() + 4 * floats as u64,
             experts: experts.map(linear).sum(),
         }
     });
@@ -182,6 +184,7 @@ impl CardModel {
         planned: &CardPlan,
         (progress, clock): (&mut Progress<'_>, &mut Clock),
     ) -> Result<CardModel, DeviceError> {
+        let experts = *config.experts().ok_or(DeviceError::Architecture(config.architecture.class()))?;
         let is_tied = planned.is_embedding_on_card && config.has_tied_embeddings;
         let places = Places {
             host_experts: planned.host_layers.clone(),
@@ -216,7 +219,7 @@ impl CardModel {
             results: Results::take(&card, &config, step_tokens.generated as usize)?,
             swap: SwapSpace::take(&card, usize::try_from(planned.swap.0).unwrap_or(0))?,
             embedding: on_card.embedding.is_none().then(|| weights.embedding.clone()),
-            host_experts: HostExperts::new(&config, &weights, &places.host_experts),
+            host_experts: HostExperts::new(&experts, config.hidden_size, &weights, &places.host_experts),
             rope: RopeTable::new(&config.rope),
             graphs: Graphs::default(),
             progress: Arc::default(),
