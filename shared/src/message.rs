@@ -116,6 +116,8 @@ pub struct LoadPlan {
     pub model_dir: String,
     /// Where to compute.
     pub device: DeviceChoice,
+    /// Whether the processor will do where the device does not compute the model's architecture: nobody chose the device.
+    pub may_use_processor: bool,
     /// Threads that compute; 0 lets the worker count its cores.
     pub threads: u32,
     /// Context to serve, in tokens; 0 takes the model's own.

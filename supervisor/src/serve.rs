@@ -19,7 +19,7 @@ use crate::child::lifecycle::Settings;
 use crate::child::spawn::Spawner;
 use crate::child::{self, Control};
 use crate::config::paths::{self, PathError};
-use crate::config::{Config, Loaded};
+use crate::config::{Config, DeviceSetting, Loaded};
 use crate::device::{Answer, Devices, Programs, Refused};
 use crate::fleet::{self, Fleet};
 use crate::http;
@@ -211,6 +211,7 @@ fn plan(config: &Config, model_dir: String) -> LoadPlan {
         model_dir,
         // Decided when a worker is started, as is what it may hold there.
         device: DeviceChoice::Cpu,
+        may_use_processor: config.device == DeviceSetting::Auto,
         device_budget: config.device_memory,
         kv_type: config.kv_cache_type,
         threads: config.threads,

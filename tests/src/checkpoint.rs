@@ -146,8 +146,9 @@ pub fn write_nf4(source: &Path, target: &Path, experts: Experts, statistics: Sta
             let (from, to) = (format!("{prefix}.mlp.router.{part}"), format!("{prefix}.mlp.router{wrapped}.{part}"));
             copy(&checkpoint, &from, &to, &mut tensors)?;
         }
-        let gate_up: Vec<_> = layer.experts.iter().map(|expert| &expert.gate_up).collect();
-        let down: Vec<_> = layer.experts.iter().map(|expert| &expert.down).collect();
+        let mixture = layer.mlp.experts().context("only models of experts are rewritten")?;
+        let gate_up: Vec<_> = mixture.experts.iter().map(|expert| &expert.gate_up).collect();
+        let down: Vec<_> = mixture.experts.iter().map(|expert| &expert.down).collect();
         for (name, linears) in [("gate_up_proj", gate_up), ("down_proj", down)] {
             let name = format!("{prefix}.mlp.experts.{name}");
             match experts {

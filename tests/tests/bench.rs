@@ -62,14 +62,16 @@ fn the_bytes_of_a_step_are_those_of_its_shapes() -> Result<()> {
     let (mut shared, mut routed) = (weights.lm_head.stored_bytes() as f64, 0.0);
     for layer in &weights.layers {
         let attention = &layer.attention;
+        let mixture = layer.mlp.experts().context("a mixture of experts")?;
         shared +=
-            [&attention.q, &attention.k, &attention.v, &attention.o, &layer.router].map(bytes).iter().sum::<f64>();
+            [&attention.q, &attention.k, &attention.v, &attention.o, &mixture.router].map(bytes).iter().sum::<f64>();
         // The experts of a layer are all of one size.
-        routed += bytes(&layer.experts[0].gate_up) + bytes(&layer.experts[0].down);
+        routed += bytes(&mixture.experts[0].gate_up) + bytes(&mixture.experts[0].down);
     }
 
+    let experts = config.experts().context("experts")?;
     let one = measured(&args(&model))?;
-    assert_eq!(number(&one, "/weight_bytes_per_step")?, shared + routed * config.experts_per_token as f64);
+    assert_eq!(number(&one, "/weight_bytes_per_step")?, shared + routed * experts.per_token as f64);
     // Two layers see the window of 16, two see everything; at positions 40 to 59 that is 50.5 keys on average.
     let keys = 2.0 * 16.0 + 2.0 * 50.5;
     assert_eq!(number(&one, "/kv_bytes_per_step")?, keys * 2.0 * config.kv_width() as f64 * 2.0);
@@ -88,7 +90,7 @@ fn the_bytes_of_a_step_are_those_of_its_shapes() -> Result<()> {
 
     let many = measured(&BenchArgs { batch: 6, ..args(&model) })?;
     let read = number(&many, "/weight_bytes_per_step")?;
-    let (few, all) = (config.experts_per_token as f64, config.experts as f64);
+    let (few, all) = (experts.per_token as f64, experts.count as f64);
     assert!(read > shared + routed * few && read <= shared + routed * all, "an expert is read once for all: {read}");
     assert_eq!(number(&many, "/kv_bytes_per_token")?, number(&one, "/kv_bytes_per_token")?);
     assert_eq!(number(&many, "/weight_bytes_per_token")? * 6.0, read);

@@ -71,7 +71,8 @@ fn weights_have_the_deviation_of_their_place_in_every_format() -> Result<()> {
         let config = Config::read(folder.path())?;
         let weights = load(&Checkpoint::open(folder.path())?, &config, Quantize::File, &mut |_, _, _| {})?;
         let layer = &weights.layers[1];
-        for linear in [&layer.attention.q, &layer.attention.o, &layer.experts[7].gate_up, &layer.experts[0].down] {
+        let experts = &layer.mlp.experts().context("a mixture of experts")?.experts;
+        for linear in [&layer.attention.q, &layer.attention.o, &experts[7].gate_up, &experts[0].down] {
             let values = linear.weight.decode_rows(0..linear.weight.rows());
             let square = values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32;
             let gain = square * linear.weight.cols() as f32;
@@ -152,9 +153,44 @@ fn the_presets_are_configs() -> Result<()> {
     {
         let path = preset(name);
         let config = Config::parse(&std::fs::read(&path)?, name)?;
-        assert_eq!((config.layers.len(), config.experts, config.hidden_size), (layers, experts, 2880));
+        let count = config.experts().context("experts")?.count;
+        assert_eq!((config.layers.len(), count, config.hidden_size), (layers, experts, 2880));
         assert_eq!((config.heads, config.kv_heads, config.vocab_size), (64, 8, 201_088));
     }
+    Ok(())
+}
+
+#[test]
+fn a_llama_is_made_and_read_in_both_formats() -> Result<()> {
+    for name in ["llama-3.2-1b", "llama-3.2-1b-32k"] {
+        let config = Config::parse(&std::fs::read(preset(name))?, name)?;
+        assert_eq!((config.layers.len(), config.hidden_size, config.has_tied_embeddings), (16, 2048, true), "{name}");
+    }
+    let source = tempfile::tempdir()?;
+    let mut config = json(&preset("llama-3.2-1b-32k"))?;
+    for (key, value) in [("hidden_size", 256), ("intermediate_size", 512), ("num_hidden_layers", 2)] {
+        config[key] = json!(value);
+    }
+    for (key, value) in [("num_attention_heads", 4), ("num_key_value_heads", 2), ("vocab_size", 2048)] {
+        config[key] = json!(value);
+    }
+    let path = source.path().join("config.json");
+    std::fs::write(&path, config.to_string())?;
+    for (format, name) in [(Format::Nf4, "nf4"), (Format::Bf16, "bf16")] {
+        let folder = tempfile::tempdir()?;
+        synthesize(&Order { config: path.clone(), ..order(format, folder.path()) })?;
+        let config = Config::read(folder.path())?;
+        let weights = load(&Checkpoint::open(folder.path())?, &config, Quantize::File, &mut |_, _, _| {})?;
+        assert_eq!(weights.format_name(), name);
+        for linear in weights.layers[1].mlp.linears() {
+            let values = linear.weight.decode_rows(0..linear.weight.rows());
+            let square = values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32;
+            assert!((0.9..1.1).contains(&(square * linear.weight.cols() as f32)), "{name}: {square}");
+        }
+        assert!(folder.path().join("chat_template.jinja").is_file());
+    }
+    let error = synthesize(&Order { config: path, ..order(Format::Mxfp4, source.path()) }).expect_err("has no experts");
+    assert!(error.to_string().contains("MXFP4 is for experts, and LlamaForCausalLM has none"), "{error}");
     Ok(())
 }
 

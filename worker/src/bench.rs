@@ -132,7 +132,8 @@ fn measure(args: &BenchArgs) -> Result<Report, BenchError> {
     let behind = depth.checked_add(generate).ok_or(BenchError::ContextTooLong { depth, generate })?;
     let tokens = behind.max(args.prompt);
     let started = Instant::now();
-    let LoadedModel { mut backend, tokenizer: _, defaults: _, loaded } = load(&plan(args, tokens)?, &mut |_, _, _| {})?;
+    let LoadedModel { mut backend, tokenizer: _, chat: _, defaults: _, loaded } =
+        load(&plan(args, tokens)?, &mut |_, _, _| {})?;
     let load_seconds = started.elapsed().as_secs_f64();
     check_room(args.batch, tokens, &loaded.facts)?;
 
@@ -189,6 +190,7 @@ fn plan(args: &BenchArgs, context_tokens: u32) -> Result<LoadPlan, BenchError> {
     Ok(LoadPlan {
         model_dir: model_dir.to_owned(),
         device: args.device,
+        may_use_processor: false,
         threads: args.threads,
         context_tokens,
         sequences_max: args.batch,

@@ -260,6 +260,7 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
     let plan = LoadPlan {
         model_dir: String::new(),
         device: args.device,
+        may_use_processor: false,
         threads: 0,
         context_tokens: length,
         sequences_max: 1,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bulkhead_shared::exit::WorkerExit;
-use bulkhead_shared::message::{DeviceChoice, Facts, LoadPlan};
+use bulkhead_shared::message::{DeviceChoice, Facts, KvType, LoadPlan};
 use bulkhead_shared::units::Bytes;
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -17,10 +17,11 @@ use crate::engine::backend::{Backend, StepTokens};
 use crate::engine::kv_cache::KvCache;
 use crate::engine::pager::KvShape;
 use crate::memory::{self, PlanError};
-use crate::model::config::{Config, ConfigError};
+use crate::model::config::{Architecture, Config, ConfigError};
 use crate::model::decoder::Decoder;
 use crate::model::weights::{self, Progress, Quantize, Weights};
 use crate::quant::cpu::Cpu;
+use crate::text::chat::{ChatFormat, ChatSource};
 use crate::text::error::TextError;
 use crate::text::generation_config::GenerationConfig;
 use crate::text::tokenizer::Tokenizer;
@@ -74,6 +75,8 @@ pub struct LoadedModel {
     pub backend: Backend,
     /// The tokenizer.
     pub tokenizer: Tokenizer,
+    /// How conversations are written.
+    pub chat: ChatFormat,
     /// What the model says about its own generation.
     pub defaults: GenerationConfig,
     /// What was loaded and what it may use.
@@ -103,16 +106,23 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
     let checkpoint = Checkpoint::open(dir)?;
     let config = Config::read(dir)?;
     let tokenizer = Tokenizer::open(dir)?;
+    let conversations = match config.architecture {
+        Architecture::GptOss => ChatSource::Harmony,
+        Architecture::Llama => ChatSource::Folder,
+    };
+    let chat = ChatFormat::open(conversations, dir, &tokenizer)?;
     let defaults = GenerationConfig::open(dir)?;
     let cpu = Cpu::start(plan.threads as usize).map_err(LoadError::Thread)?;
     let weights = weights::load(&checkpoint, &config, Quantize::File, progress)?;
     let files = started.elapsed().as_secs_f64();
     let (backend, mut loaded) = place(config, weights, cpu, plan, progress)?;
     loaded.phases.insert(0, ("files", files));
-    Ok(LoadedModel { backend, tokenizer, defaults, loaded })
+    Ok(LoadedModel { backend, tokenizer, chat, defaults, loaded })
 }
 
 /// Plans the memory of the plan's device and brings the weights there.
+///
+/// An architecture that cards do not compute goes to the processor where the plan allows it, and the facts say so.
 ///
 /// # Errors
 /// `Plan`, `NoSuchDevice` and `Device`.
@@ -123,9 +133,22 @@ pub fn place(
     plan: &LoadPlan,
     progress: &mut Progress<'_>,
 ) -> Result<(Backend, Loaded), LoadError> {
-    match plan.device {
-        DeviceChoice::Cpu => on_processor(config, weights, cpu, plan),
-        DeviceChoice::Cuda(index) => on_card(index, (config, weights, cpu), plan, progress),
+    match (plan.device, config.architecture) {
+        (DeviceChoice::Cpu, _) => on_processor(config, weights, cpu, plan),
+        (DeviceChoice::Cuda(index), Architecture::GptOss) => on_card(index, (config, weights, cpu), plan, progress),
+        (DeviceChoice::Cuda(_), Architecture::Llama) => {
+            let class = config.architecture.class();
+            if !plan.may_use_processor {
+                return Err(DeviceError::Architecture(class).into());
+            }
+            // The type of keys and values was chosen for the card.
+            let plan = LoadPlan { device: DeviceChoice::Cpu, kv_type: KvType::Bf16, ..plan.clone() };
+            let (backend, mut loaded) = on_processor(config, weights, cpu, &plan)?;
+            let reason = format!("the card: {class} is computed on the processor only");
+            loaded.facts.given_up.insert(0, reason.clone());
+            loaded.given_up.insert(0, reason);
+            Ok((backend, loaded))
+        }
     }
 }
 

@@ -1,7 +1,9 @@
-//! `bulkhead-worker plan`: what a model would hold on a card, without loading it and without a card.
+//! `bulkhead-worker plan`: what a model would hold on a card, or beside the processor, without loading it and without a card.
 //!
 //! Owns: the command's arguments and its table. Refuses: to plan by itself (`memory::card` does) and to read weights: a
 //! folder's headers say how large they are, a lone config.json what they would be in a format.
+
+mod processor;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,7 +18,7 @@ use crate::checkpoint::limits::CONFIG_BYTES_MAX;
 use crate::checkpoint::{Checkpoint, CheckpointError, read_limited};
 use crate::memory::card::{CardLimits, CardPlan, WeightSizes, plan_card, sizes_in, sizes_of};
 use crate::memory::{PlanError, available_memory};
-use crate::model::config::{Config, ConfigError, Quantization};
+use crate::model::config::{Architecture, Config, ConfigError, Quantization};
 
 /// Cards that are planned for when none is named. Units: GiB.
 const CARDS_DEFAULT: [f64; 4] = [8.0, 12.0, 16.0, 24.0];
@@ -120,6 +122,16 @@ pub fn run(args: &PlanArgs, out: &mut impl io::Write) -> Result<(), PlanCommandE
     let host_available = args.host.map(bytes).or_else(available_memory).unwrap_or(Bytes(0));
     let cards = if args.vram.is_empty() { &CARDS_DEFAULT[..] } else { &args.vram };
     let contexts = if args.context.is_empty() { &[0][..] } else { &args.context };
+    if model.config.architecture != Architecture::GptOss {
+        let asked = contexts.iter().map(|context| LoadPlan { device: DeviceChoice::Cpu, ..wishes(args, *context) });
+        let rows = processor::rows(&model, asked, host_available);
+        let print = match args.json {
+            true => processor::write_json(&model, &rows, out),
+            false => processor::write_table(&model, &rows, args.sequences, out),
+        };
+        print.map_err(PlanCommandError::Print)?;
+        return processor::fault(rows).map_or(Ok(()), |error| Err(PlanCommandError::NothingFits(error)));
+    }
     let mut rows = Vec::new();
     for card in cards {
         for context in contexts {
@@ -144,6 +156,7 @@ fn wishes(args: &PlanArgs, context_tokens: u32) -> LoadPlan {
     LoadPlan {
         model_dir: String::new(),
         device: DeviceChoice::Cuda(0),
+        may_use_processor: false,
         threads: 0,
         context_tokens,
         sequences_max: args.sequences,
@@ -264,12 +277,11 @@ fn write_json(model: &Model, rows: &[Row], out: &mut impl io::Write) -> io::Resu
 
 fn write_table(model: &Model, rows: &[Row], args: &PlanArgs, out: &mut impl io::Write) -> io::Result<()> {
     let sizes = &model.sizes;
-    let layers: u64 = sizes.layers.iter().map(|layer| layer.attention + layer.experts).sum();
     writeln!(
         out,
         "{}: {:.1} GiB of weights in {} layers; {} sequences; sizes in GiB",
         model.name,
-        Bytes(layers + sizes.embedding + sizes.lm_head).gib(),
+        sizes.bytes().gib(),
         sizes.layers.len(),
         args.sequences,
     )?;

@@ -24,6 +24,7 @@ use crate::engine::{Engine, EngineError, EngineLimits, Status};
 use crate::ipc::{self, Inbound, LinkError};
 use crate::loader::{self, LoadError, Loaded, LoadedModel};
 use crate::sandbox::Sandboxed;
+use crate::text::chat::ChatFormat;
 
 /// The least time between two reports of a load's progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -117,7 +118,7 @@ pub fn run(proof: &Sandboxed, device: DeviceChoice) -> Result<(), ServeError> {
 
 fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Prepared, ServeError> {
     let mut reported = None;
-    let LoadedModel { backend, tokenizer, defaults, loaded } = loader::load(plan, &mut |done, total, what| {
+    let LoadedModel { backend, tokenizer, chat, defaults, loaded } = loader::load(plan, &mut |done, total, what| {
         let due = reported.is_none_or(|at: Instant| at.elapsed() >= PROGRESS_INTERVAL) || done == total;
         if due {
             reported = Some(Instant::now());
@@ -127,12 +128,16 @@ fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Prepared, ServeE
     for what in &loaded.given_up {
         warn!(what, "the plan gave something up to fit memory");
     }
+    if let ChatFormat::Broken { reason } = &chat {
+        warn!(reason, "conversations are refused");
+    }
     let Loaded { facts, sequences, given_up: _, phases: _ } = loaded;
     let memory: Vec<String> = facts.memory.iter().map(|(kind, bytes)| format!("{} {bytes}", kind.as_str())).collect();
     info!(device = facts.device, memory = memory.join(", "), "model planned");
     let intake = Intake {
         eos: defaults.eos.clone().into(),
         tokenizer: Arc::new(tokenizer),
+        chat,
         defaults,
         context_tokens: facts.context_tokens,
         vocabulary: facts.vocabulary,

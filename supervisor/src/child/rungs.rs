@@ -57,6 +57,7 @@ mod tests {
         LoadPlan {
             model_dir: "/models/m".into(),
             device: DeviceChoice::Cpu,
+            may_use_processor: false,
             threads: 0,
             context_tokens: 0,
             sequences_max,

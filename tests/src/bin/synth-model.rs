@@ -1,4 +1,4 @@
-//! `synth-model`: writes a checkpoint of random weights, of any gpt-oss shape.
+//! `synth-model`: writes a checkpoint of random weights, of any gpt-oss or Llama shape.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use bulkhead_shared::units::Bytes;
 use bulkhead_tests::synth::{Format, Order, SHARD_BYTES_MAX, synthesize};
 use clap::{Parser, ValueEnum};
 
-/// Write a checkpoint of random weights, of any gpt-oss shape, for measuring speed and memory.
+/// Write a checkpoint of random weights, of any gpt-oss or Llama shape, for measuring speed and memory.
 #[derive(Debug, Parser)]
 #[command(name = "synth-model")]
 struct Cli {
@@ -36,7 +36,7 @@ struct Cli {
 /// How the large matrices are stored.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Quant {
-    /// Attention and experts in NF4 with double quantisation
+    /// Attention and experts, or the dense network, in NF4 with double quantisation
     Nf4,
     /// Experts in MXFP4, attention in bf16, as published
     Mxfp4,

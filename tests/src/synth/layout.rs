@@ -1,10 +1,10 @@
-//! The tensors that a gpt-oss of some shape and format has: names, types, shapes, and what each holds.
+//! The tensors that a model of some shape and format has: names, types, shapes, and what each holds.
 //!
 //! The layouts are those that the worker reads: Hugging Face's for bf16 and MXFP4, bitsandbytes' for attention in NF4, and
 //! Bulkhead's fused one for experts in NF4 (`checkpoint::bnb4bit`).
 
-use anyhow::{Result, ensure};
-use bulkhead_worker::model::config::Config;
+use anyhow::{Result, bail, ensure};
+use bulkhead_worker::model::config::{Config, DenseConfig, ExpertsConfig, Mlp};
 use bulkhead_worker::quant::dynamic::dynamic_map;
 use bulkhead_worker::quant::mxfp4::{GROUP, GROUP_BYTES};
 use bulkhead_worker::quant::nf4::{BLOCK_SIZE, NESTED_GROUP, TABLE};
@@ -42,8 +42,10 @@ impl Tensor {
 /// # Errors
 /// For a shape that the format cannot store.
 pub(super) fn tensors(config: &Config, format: Format) -> Result<Vec<Tensor>> {
-    let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+    let hidden = config.hidden_size;
     if format == Format::Mxfp4 {
+        let Some(experts) = config.experts() else { bail!("MXFP4 is for experts, and {} has none", class(config)) };
+        let intermediate = experts.intermediate_size;
         for (field, width) in [("hidden_size", hidden), ("intermediate_size", intermediate)] {
             ensure!(width.is_multiple_of(GROUP), "{field} is {width}, and MXFP4 needs a multiple of {GROUP}");
         }
@@ -62,6 +64,10 @@ pub(super) fn tensors(config: &Config, format: Format) -> Result<Vec<Tensor>> {
     Ok(list.tensors)
 }
 
+fn class(config: &Config) -> &'static str {
+    config.architecture.class()
+}
+
 /// Gives the deviation with which a product over `inputs` keeps the size of its input.
 fn keeping(inputs: usize) -> f32 {
     1.0 / (inputs as f32).sqrt()
@@ -74,27 +80,48 @@ struct List {
 
 impl List {
     fn layer(&mut self, config: &Config, prefix: &str) {
-        let (hidden, intermediate, experts) = (config.hidden_size, config.intermediate_size, config.experts);
+        let hidden = config.hidden_size;
         let (query, kv) = (config.query_width(), config.kv_width());
         self.norm(&format!("{prefix}.input_layernorm.weight"), hidden);
         for (name, rows, cols) in [("q", query, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, query)] {
-            let name = format!("{prefix}.self_attn.{name}_proj");
-            match self.format {
-                Format::Nf4 => self.nf4(&format!("{name}.weight"), None, rows, cols),
-                Format::Mxfp4 | Format::Bf16 => {
-                    self.normal(&format!("{name}.weight"), &[rows, cols], 0.0, keeping(cols));
-                }
-            }
-            if config.has_attention_bias {
-                self.normal(&format!("{name}.bias"), &[rows], 0.0, BIAS_DEVIATION);
+            self.linear(&format!("{prefix}.self_attn.{name}_proj"), [rows, cols], config.has_attention_bias);
+        }
+        if config.has_sinks {
+            self.normal(&format!("{prefix}.self_attn.sinks"), &[config.heads], 0.0, SINK_DEVIATION);
+        }
+        self.norm(&format!("{prefix}.post_attention_layernorm.weight"), hidden);
+        match config.mlp {
+            Mlp::Experts(experts) => self.experts(&format!("{prefix}.mlp"), hidden, experts),
+            Mlp::Dense(dense) => self.dense(&format!("{prefix}.mlp"), hidden, dense),
+        }
+    }
+
+    /// Adds a matrix that is stored in 4 bits where the format says so, and its bias.
+    fn linear(&mut self, name: &str, [rows, cols]: [usize; 2], has_bias: bool) {
+        match self.format {
+            Format::Nf4 => self.nf4(&format!("{name}.weight"), None, rows, cols),
+            Format::Mxfp4 | Format::Bf16 => {
+                self.normal(&format!("{name}.weight"), &[rows, cols], 0.0, keeping(cols));
             }
         }
-        self.normal(&format!("{prefix}.self_attn.sinks"), &[config.heads], 0.0, SINK_DEVIATION);
-        self.norm(&format!("{prefix}.post_attention_layernorm.weight"), hidden);
-        self.normal(&format!("{prefix}.mlp.router.weight"), &[experts, hidden], 0.0, keeping(hidden));
-        self.normal(&format!("{prefix}.mlp.router.bias"), &[experts], 0.0, BIAS_DEVIATION);
+        if has_bias {
+            self.normal(&format!("{name}.bias"), &[rows], 0.0, BIAS_DEVIATION);
+        }
+    }
+
+    fn dense(&mut self, prefix: &str, hidden: usize, dense: DenseConfig) {
+        let inner = dense.intermediate_size;
+        for (name, shape) in [("gate", [inner, hidden]), ("up", [inner, hidden]), ("down", [hidden, inner])] {
+            self.linear(&format!("{prefix}.{name}_proj"), shape, dense.has_bias);
+        }
+    }
+
+    fn experts(&mut self, prefix: &str, hidden: usize, config: ExpertsConfig) {
+        let (experts, intermediate) = (config.count, config.intermediate_size);
+        self.normal(&format!("{prefix}.router.weight"), &[experts, hidden], 0.0, keeping(hidden));
+        self.normal(&format!("{prefix}.router.bias"), &[experts], 0.0, BIAS_DEVIATION);
         for (name, rows, cols) in [("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)] {
-            let name = format!("{prefix}.mlp.experts.{name}_proj");
+            let name = format!("{prefix}.experts.{name}_proj");
             match self.format {
                 Format::Nf4 => self.nf4(&name, Some(experts), rows, cols),
                 Format::Mxfp4 => self.mxfp4(&name, experts, rows, cols),

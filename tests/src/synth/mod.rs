@@ -1,4 +1,4 @@
-//! Checkpoints of random weights, of any gpt-oss shape: for measuring speed and memory without a download.
+//! Checkpoints of random weights, of any shape: for measuring speed and memory without a download.
 //!
 //! Owns: which tensors a shape has (`layout`), what their bytes are (`content`), the files (`files`) and a small
 //! tokenizer (`vocabulary`). Refuses: a folder that is not empty, a shape that the worker would refuse, and a disk
@@ -33,7 +33,7 @@ pub const SHARD_BYTES_MAX: u64 = 4_000_000_000;
 /// How the large matrices are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Attention and experts in NF4 with double quantisation, experts fused.
+    /// Attention and experts, or the dense network, in NF4 with double quantisation, experts fused.
     Nf4,
     /// Experts in MXFP4, attention in bf16: as gpt-oss is published.
     Mxfp4,
@@ -76,7 +76,7 @@ pub struct Made {
 pub fn synthesize(order: &Order) -> Result<Made> {
     let text = read_limited(&order.config, CONFIG_BYTES_MAX)?;
     let config = Config::parse(&text, &order.config.display().to_string())?;
-    let vocabulary = Vocabulary::for_size(config.vocab_size)?;
+    let vocabulary = Vocabulary::for_size(config.vocab_size, config.architecture)?;
     let tensors = layout::tensors(&config, order.format)?;
     let shards = Shards::divide(tensors, order.shard_bytes_max)?;
 
@@ -94,6 +94,11 @@ pub fn synthesize(order: &Order) -> Result<Made> {
         .with_context(|| format!("{} is left unfinished: remove it before the next try", folder.display()))?;
 
     write_json(&folder.join("tokenizer.json"), vocabulary.tokenizer())?;
+    if let Some((config, template)) = vocabulary.template() {
+        write_json(&folder.join("tokenizer_config.json"), &config)?;
+        let path = folder.join("chat_template.jinja");
+        std::fs::write(&path, template).with_context(|| path.display().to_string())?;
+    }
     write_json(&folder.join("generation_config.json"), &vocabulary.generation_config())?;
     let config = described(serde_json::from_slice(&text)?, order.format, &vocabulary);
     write_json(&folder.join(CONFIG_FILE), &config)?;

@@ -39,6 +39,7 @@ fn to_worker() -> Vec<ToWorker> {
     let plan = LoadPlan {
         model_dir: "/models/demo".into(),
         device: DeviceChoice::Cuda(1),
+        may_use_processor: false,
         threads: 2,
         context_tokens: 4096,
         sequences_max: 8,

@@ -8,4 +8,5 @@ mod memory;
 mod model_files;
 mod requests;
 mod supervisor;
+mod template;
 mod text;

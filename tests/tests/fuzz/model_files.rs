@@ -3,6 +3,7 @@
 use bulkhead_tests::fuzz::{Random, mutate, mutate_json, run};
 use bulkhead_worker::checkpoint::{parse_header, parse_index};
 use bulkhead_worker::model::config::Config;
+use bulkhead_worker::model::rope::RopeTable;
 use serde_json::{Value, json};
 
 use crate::memory::{alone, bounded};
@@ -83,6 +84,19 @@ fn config() -> Value {
     })
 }
 
+fn llama_config() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": false, "bos_token_id": 499, "eos_token_id": [500, 503],
+        "head_dim": 64, "hidden_act": "silu", "hidden_size": 256, "intermediate_size": 512, "mlp_bias": false,
+        "max_position_embeddings": 131_072, "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "vocab_size": 2048,
+        "rope_parameters": {
+            "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "rope_theta": 500_000.0, "rope_type": "llama3",
+        },
+    })
+}
+
 /// Gives the damaged bytes of a JSON file.
 fn damaged(mut json: Value, random: &mut Random) -> Vec<u8> {
     mutate_json(&mut json, random);
@@ -103,7 +117,9 @@ fn the_valid_files_are_valid() {
     let file = safetensors(&header(), 102);
     assert_eq!(parse_header(&file, file.len() as u64).expect("valid").tensors.len(), 5);
     parse_index(index().to_string().as_bytes()).expect("valid");
-    Config::parse(config().to_string().as_bytes(), "config.json").expect("valid");
+    for config in [config(), llama_config()] {
+        Config::parse(config.to_string().as_bytes(), "config.json").expect("valid");
+    }
 }
 
 #[test]
@@ -121,11 +137,18 @@ fn shard_indexes() {
 fn model_configs() {
     alone(|| {
         run("model configs", |random| {
-            let bytes = damaged(config(), random);
+            let config = if random.once_in(2) { config() } else { llama_config() };
+            let bytes = damaged(config, random);
             let Ok(config) = bounded(allowed(bytes.len()), || Config::parse(&bytes, "config.json")) else { return };
             // The accessors multiply what was accepted: none may overflow.
             let widths = (config.query_width(), config.kv_width(), config.window(0));
             assert!(widths.0 >= widths.1, "query heads are a multiple of key heads: {widths:?}");
+            let frequencies = RopeTable::new(&config.rope);
+            assert!(
+                frequencies.inverse_frequencies().iter().all(|frequency| frequency.is_finite()),
+                "{:?}",
+                config.rope
+            );
         });
     });
 }

@@ -62,8 +62,10 @@ fn check_answer(tokenizer: &Arc<Tokenizer>, random: &mut Random) {
     let kind = if random.once_in(4) { AnswerKind::Plain } else { AnswerKind::Harmony };
     let stops: Vec<String> = STOPS[..random.below(STOPS.len() + 1)].iter().map(|stop| (*stop).to_owned()).collect();
     let end = random.pick(&[AnswerEnd::Eos, AnswerEnd::Length]);
-    let new =
-        || Answer::new(kind, stops.clone(), tokenizer.clone()).expect("the built-in tokenizer has harmony's tokens");
+    let new = || {
+        Answer::new(kind.clone(), stops.clone(), tokenizer.clone())
+            .expect("the built-in tokenizer has harmony's tokens")
+    };
 
     let text_bytes: usize = tokens.iter().filter_map(|token| tokenizer.token_bytes(*token)).map(<[u8]>::len).sum();
     let allowed = (1 << 16) + 64 * (text_bytes + 16 * tokens.len());

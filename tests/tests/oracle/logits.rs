@@ -48,7 +48,8 @@ impl Case {
         self.positions[self.positions.len() - count..].iter().map(|position| logits[*position].clone()).collect()
     }
 
-    fn greedy(&self, pointer: &str) -> Result<Vec<i64>> {
+    /// Gives the continuation that the oracle expects under a pointer.
+    pub(crate) fn greedy(&self, pointer: &str) -> Result<Vec<i64>> {
         let ids = self.expected.pointer(pointer).and_then(Value::as_array).context("a continuation")?;
         ids.iter().map(|id| id.as_i64().context("an id")).collect()
     }

@@ -12,7 +12,7 @@ use crate::logits::cases;
 
 /// With keys and values rounded alike only the order of sums differs; where that moves a key or value to the other side
 /// of a rounding, it is off by 2^-8 of itself.
-const ALIKE_ERROR_MAX: f64 = 5e-4;
+pub(crate) const ALIKE_ERROR_MAX: f64 = 5e-4;
 
 const MODELS: [&str; 4] = ["gptoss_basic", "gptoss_long", "gptoss_mxfp4", "gptoss_window_edges"];
 

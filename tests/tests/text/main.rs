@@ -5,4 +5,5 @@ mod parse;
 mod render;
 mod sampling;
 mod support;
+mod template;
 mod tokenizer;

@@ -10,20 +10,32 @@ use serde_json::{Value, json};
 
 use crate::support::{fixture, fixture_path, ids, items, model_tokenizer, text};
 
-const BYTE_LEVEL_MODELS: [&str; 6] =
-    ["gptoss_basic", "gptoss_long", "gptoss_mxfp4", "gptoss_window_edges", "llama3_untied_sharded", "qwen2_bias"];
+/// Of both kinds: byte-level, and in SentencePiece's form.
+const MODELS: [&str; 8] = [
+    "gptoss_basic",
+    "gptoss_long",
+    "gptoss_mxfp4",
+    "gptoss_window_edges",
+    "llama3_untied_sharded",
+    "qwen2_bias",
+    "llama_tied",
+    "gemma3_text",
+];
 
 fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
     let mut decoder = Detokenizer::default();
     let mut text: String =
         ids.iter().filter_map(|id| tokenizer.token_bytes(*id)).map(|bytes| decoder.push(bytes)).collect();
     text.extend(decoder.finish());
-    text
+    match text.strip_prefix(' ') {
+        Some(rest) if tokenizer.strips_first_space() => rest.to_owned(),
+        Some(_) | None => text,
+    }
 }
 
 #[test]
 fn ordinary_text_gets_the_ids_that_transformers_gives() {
-    for model in BYTE_LEVEL_MODELS {
+    for model in MODELS {
         let tokenizer = model_tokenizer(model);
         let cases = fixture(&format!("models/{model}/expected.json"));
         for case in items(&cases, "tokenizer_cases") {
@@ -35,6 +47,8 @@ fn ordinary_text_gets_the_ids_that_transformers_gives() {
                 assert_eq!(decode(&tokenizer, &found), text, "{model}");
             } else {
                 assert_eq!(found, expected, "{model}: {text:?}");
+                let whole = [tokenizer.prefix(), &found].concat();
+                assert_eq!(whole, ids(case, "ids_add_special_tokens"), "{model}: {text:?}");
                 assert_eq!(decode(&tokenizer, &found), crate::support::text(case, "decoded"), "{model}");
             }
         }
@@ -43,7 +57,7 @@ fn ordinary_text_gets_the_ids_that_transformers_gives() {
 
 #[test]
 fn text_that_spells_a_special_token_is_ordinary_text() {
-    for model in BYTE_LEVEL_MODELS {
+    for model in MODELS {
         let tokenizer = model_tokenizer(model);
         let file: Value = fixture(&format!("models/{model}/tokenizer.json"));
         for added in items(&file, "added_tokens") {
@@ -113,7 +127,7 @@ const LONG_BYTES: usize = 140 << 10;
 #[test]
 fn cutting_a_long_text_into_chunks_changes_no_id() {
     // Encoded in one go by the crate itself, against chunk by chunk.
-    for model in BYTE_LEVEL_MODELS {
+    for model in MODELS {
         let path = fixture_path(&format!("models/{model}/tokenizer.json"));
         let mut whole = tokenizers::Tokenizer::from_file(path).expect("opens");
         whole.set_encode_special_tokens(true);
@@ -143,6 +157,10 @@ fn a_text_without_an_end_of_words_is_refused_before_it_costs_anything() {
 fn open_changed(change: impl FnOnce(&mut Value)) -> Result<Tokenizer, TextError> {
     let mut file = fixture("models/gptoss_basic/tokenizer.json");
     change(&mut file);
+    open(&file)
+}
+
+fn open(file: &Value) -> Result<Tokenizer, TextError> {
     let dir = tempfile::tempdir().expect("a temporary folder");
     std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).expect("writable");
     Tokenizer::open(dir.path())
@@ -208,9 +226,17 @@ fn unusable_tokenizers_are_told_apart() {
     is(open_changed(|file| file["decoder"] = json!(null)), |error| {
         matches!(error, TextError::Decoder { decoder: "none", .. })
     });
-    is(Tokenizer::open(&fixture_path("models/llama_tied")), |error| {
-        matches!(error, TextError::Decoder { decoder: "Sequence", .. })
-    });
+    let mut fallback = fixture("models/llama_tied/tokenizer.json");
+    fallback["decoder"]["decoders"][0]["content"] = json!("_");
+    is(open(&fallback), |error| matches!(error, TextError::Decoder { decoder: "Sequence", .. }));
+    let mut fallback = fixture("models/llama_tied/tokenizer.json");
+    fallback["model"]["byte_fallback"] = json!(false);
+    is(open(&fallback), |error| matches!(error, TextError::Decoder { decoder: "Sequence", .. }));
+    let mut fallback = fixture("models/llama_tied/tokenizer.json");
+    let vocabulary = fallback["model"]["vocab"].as_object_mut().expect("a map");
+    let id = vocabulary.remove("<0x0A>").expect("stands for a line break");
+    vocabulary.insert("unlikely".to_owned(), id);
+    is(open(&fallback), |error| matches!(error, TextError::Alphabet { byte: 10, .. }));
     is(open_changed(|file| file["model"]["vocab"]["x"] = json!(3_000_000_000u32)), |error| {
         matches!(error, TextError::TokenId { id: 3_000_000_000, .. } | TextError::Tokenizer { .. })
     });

@@ -179,6 +179,14 @@ pub enum CheckpointError {
         /// How many the config claims.
         count: usize,
     },
+    /// The config claims that a matrix has no bias, but the file has one.
+    #[error("{}: tensor {tensor:?} is there, but config.json says that there are no such biases", .file.display())]
+    BiasBeyondConfig {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
     /// The config names a quantisation that the weights do not have.
     #[error("{}: config.json says quantization {claimed:?}, but the weights are {found}", .folder.display())]
     QuantizationClaim {

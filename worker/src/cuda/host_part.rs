@@ -1,4 +1,4 @@
-//! What the host computes beside a card: the experts of some layers, and the last layers altogether. Activations travel to
+//! What the host computes beside a card: what follows the attention in some layers, and the last layers altogether. Activations travel to
 //! it and back, weights do not.
 
 use super::transfer::HostBuffer;
@@ -8,18 +8,15 @@ use crate::memory::card::CardPlan;
 use crate::model::batch::Batch;
 use crate::model::config::Config;
 use crate::model::decoder::Decoder;
-use crate::model::moe::{Activation, Mixture};
-use crate::model::weights::{ExpertWeights, LayerWeights, Linear, Weights};
+use crate::model::weights::{LayerWeights, MlpWeights, Weights};
 use crate::quant::cpu::Cpu;
 
 /// The host's part of a model.
 #[derive(Debug)]
 pub(super) struct HostPart {
-    /// For each layer of the card, its mixture if the host has it.
-    mixtures: Vec<Option<(Linear, Vec<ExpertWeights>)>>,
-    used: usize,
+    /// For each layer of the card, what follows its attention if the host has it.
+    mlps: Vec<Option<MlpWeights>>,
     hidden: usize,
-    activation: Activation,
     /// The last layers; often none.
     layers: Decoder,
     /// Their keys and values, in blocks of the numbers that the card's books hand out.
@@ -30,18 +27,15 @@ impl HostPart {
     /// Keeps what a plan leaves to the host.
     pub(super) fn new(config: &Config, weights: &Weights, cpu: Cpu, planned: &CardPlan) -> HostPart {
         let on_card = config.layers.len() - planned.whole_layers;
-        let keep =
-            |(layer, is_kept): (&LayerWeights, &bool)| is_kept.then(|| (layer.router.clone(), layer.experts.clone()));
+        let keep = |(layer, is_kept): (&LayerWeights, &bool)| is_kept.then(|| layer.mlp.clone());
         let rest = Config { layers: config.layers[on_card..].to_vec(), ..config.clone() };
         let shape = KvShape::of(&rest);
         let blocks = if planned.whole_layers > 0 { planned.full_blocks } else { 0 };
         let sequences = if planned.whole_layers > 0 { planned.sequences } else { 0 };
         let weights_rest = Weights { layers: weights.layers[on_card..].to_vec(), ..weights.clone() };
         HostPart {
-            mixtures: weights.layers[..on_card].iter().zip(&planned.host_layers).map(keep).collect(),
-            used: config.experts_per_token,
+            mlps: weights.layers[..on_card].iter().zip(&planned.host_layers).map(keep).collect(),
             hidden: config.hidden_size,
-            activation: Activation { alpha: config.swiglu_alpha, limit: config.swiglu_limit },
             layers: Decoder::new(rest, weights_rest, cpu),
             cache: KvCache::new(shape, blocks, sequences, planned.step().sum()),
         }
@@ -52,20 +46,20 @@ impl HostPart {
         self.layers.cpu()
     }
 
-    /// Counts the layers whose experts are here, and the layers that are here altogether.
+    /// Counts the layers of which a part is here, and the layers that are here altogether.
     pub(super) fn counts(&self) -> (usize, usize) {
-        (self.mixtures.iter().flatten().count(), self.layers.config().layers.len())
+        (self.mlps.iter().flatten().count(), self.layers.config().layers.len())
     }
 
-    /// Lists the places at which a pass stops for the host: layers whose experts are here, and behind the card's last layer
+    /// Lists the places at which a pass stops for the host: layers of which a part is here, and behind the card's last layer
     /// where more layers follow here.
     pub(super) fn stops(&self) -> impl Iterator<Item = usize> {
         let has_layers = !self.layers.config().layers.is_empty();
-        let experts = (0..self.mixtures.len()).filter(|layer| self.mixtures[*layer].is_some());
-        experts.chain(has_layers.then_some(self.mixtures.len()))
+        let parts = (0..self.mlps.len()).filter(|layer| self.mlps[*layer].is_some());
+        parts.chain(has_layers.then_some(self.mlps.len()))
     }
 
-    /// Computes what a pass has stopped for, in place: normalised activations become a mixture's change, or the residual
+    /// Computes what a pass has stopped for, in place: normalised activations become a layer's change, or the residual
     /// stream goes through the last layers.
     ///
     /// Shapes: buffer: [rows, hidden] f32.
@@ -75,15 +69,12 @@ impl HostPart {
     pub(super) fn run(&mut self, stop: usize, buffer: &mut HostBuffer, batch: &Batch<'_>) {
         let mut x = vec![0.0f32; batch.rows.len() * self.hidden];
         buffer.read(0, &mut x);
-        let Some(mixture) = self.mixtures.get(stop) else {
+        let Some(mlp) = self.mlps.get(stop) else {
             self.layers.run_layers(batch, &mut self.cache, &mut x);
             return buffer.write(0, &x);
         };
-        let (router, experts) = mixture.as_ref().expect("the host has the experts of this layer");
         let mut out = vec![0.0; x.len()];
-        let cpu = self.layers.cpu();
-        let mixture = Mixture { cpu, router, experts, used: self.used, activation: self.activation };
-        cpu.run(|| mixture.run(&x, &mut out));
+        self.layers.run_mlp(mlp.as_ref().expect("the host has this part of the layer"), &x, &mut out);
         buffer.write(0, &out);
     }
 

@@ -152,11 +152,13 @@ fn sizes_of_loaded(weights: &Weights) -> WeightSizes {
     };
     let layers = weights.layers.iter().map(|layer| {
         let attention = &layer.attention;
-        let linears = [&attention.q, &attention.k, &attention.v, &attention.o, &layer.router];
+        let router = layer.mlp.experts().map(|mixture| &mixture.router);
+        let linears = [&attention.q, &attention.k, &attention.v, &attention.o].into_iter().chain(router);
         let floats = layer.attention_norm.len() + layer.mlp_norm.len() + attention.sinks.len();
-        let experts = layer.experts.iter().flat_map(|expert| [&expert.gate_up, &expert.down]);
+        let experts = layer.mlp.experts().into_iter().flat_map(|mixture| &mixture.experts);
+        let experts = experts.flat_map(|expert| [&expert.gate_up, &expert.down]);
         LayerSizes {
-            attention: linears.into_iter().map(linear).sum::<u64>() + 4 * floats as u64,
+            attention: linears.map(linear).sum::<u64>() + 4 * floats as u64,
             experts: experts.map(linear).sum(),
         }
     });

@@ -344,22 +344,25 @@ impl Layout {
 
     fn experts(&mut self, config: &Config, layer: &LayerWeights) -> Result<Experts, DeviceError> {
         let number = |value: usize| u32::try_from(value).expect("dimensions are bounded");
-        let router = self.bf16(&layer.router.weight);
-        let bias = layer.router.bias.clone().unwrap_or_else(|| vec![0.0; config.experts]);
+        let (Some(experts), Some(mixture)) = (config.experts(), layer.mlp.experts()) else {
+            return Err(DeviceError::Architecture(config.architecture.class()));
+        };
+        let router = self.bf16(&mixture.router.weight);
+        let bias = mixture.router.bias.clone().unwrap_or_else(|| vec![0.0; experts.count]);
         let router_bias = self.floats(&bias);
-        let gate_up: Vec<_> = layer.experts.iter().map(|expert| &expert.gate_up).collect();
-        let down: Vec<_> = layer.experts.iter().map(|expert| &expert.down).collect();
+        let gate_up: Vec<_> = mixture.experts.iter().map(|expert| &expert.gate_up).collect();
+        let down: Vec<_> = mixture.experts.iter().map(|expert| &expert.down).collect();
         Ok(Experts {
             router,
             router_bias,
-            count: number(config.experts),
-            used: number(config.experts_per_token),
+            count: number(experts.count),
+            used: number(experts.per_token),
             hidden: number(config.hidden_size),
-            alpha: config.swiglu_alpha,
-            limit: config.swiglu_limit,
+            alpha: experts.swiglu_alpha,
+            limit: experts.swiglu_limit,
             gate_up: self.alternatives(&gate_up)?,
             down: self.alternatives(&down)?,
-            router_bytes: (layer.router.weight.rows() * layer.router.weight.cols() * 2 + bias.len() * 4) as u64,
+            router_bytes: (mixture.router.weight.rows() * mixture.router.weight.cols() * 2 + bias.len() * 4) as u64,
         })
     }
 

@@ -12,9 +12,9 @@ use crossbeam_channel::{Receiver, Sender};
 use super::sampler::Sampler;
 use super::sequence::{Sequence, Start};
 use crate::text::answer::{Answer, AnswerKind};
+use crate::text::chat::ChatFormat;
 use crate::text::error::TextError;
 use crate::text::generation_config::GenerationConfig;
-use crate::text::harmony;
 use crate::text::tokenizer::Tokenizer;
 
 /// Threads that tokenise.
@@ -34,6 +34,8 @@ pub struct Arrival {
 pub struct Intake {
     /// The model's tokenizer.
     pub tokenizer: Arc<Tokenizer>,
+    /// How the model's conversations are written.
+    pub chat: ChatFormat,
     /// The model's defaults.
     pub defaults: GenerationConfig,
     /// The tokens that end a turn.
@@ -107,12 +109,15 @@ impl Intake {
     }
 
     fn tokens_of(&self, prompt: &Prompt) -> Result<(Vec<u32>, AnswerKind), Failure> {
-        let (tokens, kind) = match prompt {
-            Prompt::Chat(chat) => (harmony::render::render(&self.tokenizer, chat), AnswerKind::Harmony),
-            Prompt::Text(text) => (self.tokenizer.encode_ordinary(text), AnswerKind::Plain),
-            Prompt::Tokens(ids) => (Ok(ids.clone()), AnswerKind::Plain),
+        let tokens = match prompt {
+            Prompt::Chat(chat) => self.chat.tokens(&self.tokenizer, chat),
+            Prompt::Text(text) => self.tokenizer.encode_ordinary(text).map(|ids| {
+                // The special tokens that every text of the model begins with, if it has any.
+                ([self.tokenizer.prefix(), &ids].concat(), AnswerKind::Plain)
+            }),
+            Prompt::Tokens(ids) => Ok((ids.clone(), AnswerKind::Plain)),
         };
-        Ok((tokens.map_err(|error| invalid(&error))?, kind))
+        tokens.map_err(|error| invalid(&error))
     }
 
     /// Gives the tokens that may be generated behind a prompt of `prompt_tokens`.

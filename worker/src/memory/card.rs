@@ -29,7 +29,7 @@ use super::scratch::{Scratch, StepSize};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::engine::backend::StepTokens;
 use crate::engine::pager::{BLOCK_TOKENS, KvShape};
-use crate::model::config::{Config, Quantization};
+use crate::model::config::{Config, Mlp, Quantization};
 
 /// Generated tokens of one step, at most.
 pub const GENERATED_ROWS_MAX: u32 = 64;
@@ -59,10 +59,19 @@ pub struct WeightSizes {
 /// Bytes of one layer's weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LayerSizes {
-    /// Projections of the attention, router, norms, sinks, and the biases of those.
+    /// Projections of the attention, router or dense network, norms, sinks, and the biases of those.
     pub attention: u64,
-    /// Both matrices of all experts, and their biases.
+    /// Both matrices of all experts, and their biases; 0 for a dense model.
     pub experts: u64,
+}
+
+impl WeightSizes {
+    /// Gives the bytes of all weights together.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        let layers: u64 = self.layers.iter().map(|layer| layer.attention + layer.experts).sum();
+        Bytes(layers + self.embedding + self.lm_head)
+    }
 }
 
 /// What a plan must stay within.
@@ -234,20 +243,32 @@ pub fn scratch_bytes_card(config: &Config, generated_rows: u32, prompt_rows: u32
 /// Gives the sizes of a model's weights from its configuration alone. `None`: all in bf16.
 ///
 /// Embedding, output matrix and router are bf16 in every format; the attention is 4-bit in NF4 files and bf16 in MXFP4
-/// ones; biases, norms and sinks count as f32, which the worker makes of them.
+/// ones; biases, norms and sinks (or what stands in for them) count as f32, which the worker makes of them.
 #[must_use]
 pub fn sizes_of(config: &Config, quantization: Option<Quantization>) -> WeightSizes {
-    let (hidden, inter) = (config.hidden_size as u64, config.intermediate_size as u64);
-    let (query, kv, experts) = (config.query_width() as u64, config.kv_width() as u64, config.experts as u64);
+    let hidden = config.hidden_size as u64;
+    let (query, kv) = (config.query_width() as u64, config.kv_width() as u64);
     let attention_form = quantization.filter(|form| *form == Quantization::Nf4);
     let projections = [(query, hidden), (kv, hidden), (kv, hidden), (hidden, query)];
     let matrices: u64 = projections.iter().map(|(rows, cols)| matrix_bytes(attention_form, *rows, *cols)).sum();
     let biases = if config.has_attention_bias { query + 2 * kv + hidden } else { 0 };
-    let floats = biases + config.heads as u64 + 2 * hidden + experts;
-    let expert = matrix_bytes(quantization, 2 * inter, hidden) + matrix_bytes(quantization, hidden, inter);
-    let layer = LayerSizes {
-        attention: matrices + BF16 * experts * hidden + F32 * floats,
-        experts: experts * (expert + F32 * (2 * inter + hidden)),
+    let floats = biases + config.heads as u64 + 2 * hidden;
+    let attention = matrices + F32 * floats;
+    let layer = match config.mlp {
+        Mlp::Experts(experts) => {
+            let (count, inter) = (experts.count as u64, experts.intermediate_size as u64);
+            let expert = matrix_bytes(quantization, 2 * inter, hidden) + matrix_bytes(quantization, hidden, inter);
+            LayerSizes {
+                attention: attention + BF16 * count * hidden + F32 * count,
+                experts: count * (expert + F32 * (2 * inter + hidden)),
+            }
+        }
+        Mlp::Dense(dense) => {
+            let inter = dense.intermediate_size as u64;
+            let network = 2 * matrix_bytes(quantization, inter, hidden) + matrix_bytes(quantization, hidden, inter);
+            let biases = if dense.has_bias { F32 * (2 * inter + hidden) } else { 0 };
+            LayerSizes { attention: attention + network + biases, experts: 0 }
+        }
     };
     let head = BF16 * config.vocab_size as u64 * hidden;
     WeightSizes {

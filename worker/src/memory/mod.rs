@@ -187,7 +187,8 @@ impl MemoryPlan {
     }
 
     /// Says what was given up for want of memory, for people.
-    fn given_up(&self) -> Vec<String> {
+    #[must_use]
+    pub fn given_up(&self) -> Vec<String> {
         let context = |from| card::GivenUp::Context { from, to: self.context_tokens }.to_string();
         self.context_given_up.map(context).into_iter().collect()
     }
@@ -260,6 +261,7 @@ mod tests {
         LoadPlan {
             model_dir: "/models/20b".into(),
             device: bulkhead_shared::message::DeviceChoice::Cpu,
+            may_use_processor: false,
             threads: 0,
             context_tokens,
             sequences_max,

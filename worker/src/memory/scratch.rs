@@ -5,7 +5,7 @@
 
 use bulkhead_shared::units::Bytes;
 
-use crate::model::config::Config;
+use crate::model::config::{Config, Mlp};
 
 /// Every part begins at a multiple of this. Units: bytes.
 const ALIGNMENT: u64 = 256;
@@ -95,9 +95,14 @@ impl Scratch {
         };
         let outputs = u64::from(size.generated_rows);
         let rows = outputs.max(u64::from(size.prompt_rows));
-        let (hidden, used) = (config.hidden_size as u64, config.experts_per_token as u64);
+        let hidden = config.hidden_size as u64;
+        // A dense network is as one expert without a router, which every token goes through.
+        let (experts, used, intermediate) = match config.mlp {
+            Mlp::Experts(experts) => (experts.count as u64, experts.per_token as u64, experts.intermediate_size as u64),
+            Mlp::Dense(dense) => (0, 1, dense.intermediate_size as u64),
+        };
         let (heads, dim) = (config.heads as u64, config.head_dim as u64);
-        let (experts, vocabulary) = (config.experts as u64, config.vocab_size as u64);
+        let vocabulary = config.vocab_size as u64;
         let kv_heads = config.kv_heads as u64;
         let cuts = u64::from(cuts_of(size.context_tokens).next_power_of_two());
         Scratch {
@@ -115,7 +120,7 @@ impl Scratch {
             group_counts: part(config.layers.len() as u64, 4),
             group_experts: part(experts, 4),
             group_firsts: part(experts + 1, 4),
-            inner: part(rows * used * config.intermediate_size as u64, 2),
+            inner: part(rows * used * intermediate, 2),
             results: part(rows * used * hidden, 4),
             partial: part(outputs * heads * cuts * (dim + 2), 4),
             attend_counters: part(outputs * kv_heads, 4),

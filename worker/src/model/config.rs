@@ -1,10 +1,12 @@
-//! What config.json says about a gpt-oss model, checked.
+//! What config.json says about a model, checked.
 //!
-//! Owns: both styles of keys that transformers has written (`rope_theta` and `rope_scaling`, or `rope_parameters`).
+//! Owns: the architectures that are supported, and both styles of keys that transformers has written (`rope_theta` and
+//! `rope_scaling`, or `rope_parameters`).
 //! Refuses: other architectures, values that no model can have, and keys that contradict each other.
 //! Invariant: the dimensions of a `Config` are at least 1 and within `limits`, so that their products do not overflow.
 //!
-//! Source: transformers 5, `configuration_gpt_oss.py`; openai/gpt-oss, `torch/model.py` (`ModelConfig`).
+//! Source: transformers 5, `configuration_gpt_oss.py` and `configuration_llama.py`; openai/gpt-oss, `torch/model.py`
+//! (`ModelConfig`).
 
 mod raw;
 
@@ -19,15 +21,15 @@ use raw::Checker;
 /// The file in a model folder.
 pub const CONFIG_FILE: &str = "config.json";
 
-/// A gpt-oss model's dimensions and constants.
+/// A model's dimensions and constants.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
+    /// Whose formulas and tensor names these are.
+    pub architecture: Architecture,
     /// Rows of embedding and output matrix; may exceed the tokenizer's entries.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of an expert between its two matrices.
-    pub intermediate_size: usize,
     /// The kind of attention of each layer.
     pub layers: Vec<LayerKind>,
     /// Query heads. Bounds: a multiple of `kv_heads`.
@@ -36,22 +38,16 @@ pub struct Config {
     pub kv_heads: usize,
     /// Width of a head. Bounds: even.
     pub head_dim: usize,
-    /// Experts of each layer.
-    pub experts: usize,
-    /// Experts that each token goes through. Bounds: 1 to `experts`.
-    pub experts_per_token: usize,
-    /// Keys that a sliding layer sees, the query's own included. Units: tokens.
-    pub sliding_window: usize,
+    /// What follows the attention in each layer.
+    pub mlp: Mlp,
     /// Positions that the model can have. Units: tokens.
     pub context_tokens: usize,
     /// Added to the mean square in every norm.
     pub norm_eps: f32,
-    /// Where gate and up of an expert are clamped.
-    pub swiglu_limit: f32,
-    /// The factor in the gate's sigmoid.
-    pub swiglu_alpha: f32,
     /// Whether the four attention projections have biases.
     pub has_attention_bias: bool,
+    /// Whether each query head has a learned logit that takes part in the softmax.
+    pub has_sinks: bool,
     /// Whether the output matrix is the embedding.
     pub has_tied_embeddings: bool,
     /// How positions are encoded.
@@ -64,11 +60,79 @@ pub struct Config {
     pub quantization: Option<Quantization>,
 }
 
+/// An architecture that is supported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// OpenAI's gpt-oss: experts, sinks, sliding layers.
+    GptOss,
+    /// Llama 2 and 3, and what shares their form.
+    Llama,
+}
+
+impl Architecture {
+    /// Every architecture.
+    pub const ALL: [Architecture; 2] = [Architecture::GptOss, Architecture::Llama];
+
+    /// Gives the value of `model_type` in config.json.
+    #[must_use]
+    pub const fn model_type(self) -> &'static str {
+        match self {
+            Architecture::GptOss => "gpt_oss",
+            Architecture::Llama => "llama",
+        }
+    }
+
+    /// Gives the name of the class in transformers that computes logits.
+    #[must_use]
+    pub const fn class(self) -> &'static str {
+        match self {
+            Architecture::GptOss => "GptOssForCausalLM",
+            Architecture::Llama => "LlamaForCausalLM",
+        }
+    }
+}
+
+/// What follows the attention in a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mlp {
+    /// A router and experts.
+    Experts(ExpertsConfig),
+    /// One network for every token.
+    Dense(DenseConfig),
+}
+
+/// The experts of each layer of a gpt-oss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertsConfig {
+    /// Experts of each layer.
+    pub count: usize,
+    /// Experts that each token goes through. Bounds: 1 to `count`.
+    pub per_token: usize,
+    /// Width of an expert between its two matrices.
+    pub intermediate_size: usize,
+    /// Where gate and up of an expert are clamped.
+    pub swiglu_limit: f32,
+    /// The factor in the gate's sigmoid.
+    pub swiglu_alpha: f32,
+}
+
+/// The network of each layer of a dense model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DenseConfig {
+    /// Width between its matrices.
+    pub intermediate_size: usize,
+    /// Whether its three matrices have biases.
+    pub has_bias: bool,
+}
+
 /// The kind of attention of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayerKind {
-    /// Only the last `sliding_window` keys.
-    Sliding,
+    /// Only the last keys.
+    Sliding {
+        /// How many, the query's own included. Units: tokens.
+        window: usize,
+    },
     /// Every earlier key.
     Full,
 }
@@ -183,8 +247,17 @@ impl Config {
     #[must_use]
     pub fn window(&self, layer: usize) -> Option<usize> {
         match self.layers[layer] {
-            LayerKind::Sliding => Some(self.sliding_window),
+            LayerKind::Sliding { window } => Some(window),
             LayerKind::Full => None,
+        }
+    }
+
+    /// Gives the experts of each layer; `None` for a dense model.
+    #[must_use]
+    pub fn experts(&self) -> Option<&ExpertsConfig> {
+        match &self.mlp {
+            Mlp::Experts(experts) => Some(experts),
+            Mlp::Dense(_) => None,
         }
     }
 

@@ -1,21 +1,23 @@
-//! The decoder that is served: gpt-oss over a ragged batch with a paged KV cache.
+//! The decoder that is served: gpt-oss or Llama over a ragged batch with a paged KV cache.
 //!
 //! Owns the weights and nothing of any request. Activations are f32, weights as stored, keys and values bf16. Every
 //! function below computes a token from its own row and its own sequence alone, in a fixed order, so equal tokens at equal
 //! positions give equal bits whatever the batch, the chunks or the threads. The plain twin is `model::reference`.
 //!
-//! A layer: `x += o(attention(norm(x)))`, then `x += mixture(norm(x))`.
+//! A layer: `x += o(attention(norm(x)))`, then `x += mlp(norm(x))`, where the mlp is a mixture of
+//! experts or a dense network.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::attention::{Heads, LayerAttention};
 use super::batch::Batch;
-use super::config::Config;
+use super::config::{Config, Mlp};
+use super::mlp::DenseMlp;
 use super::moe::{Activation, Mixture};
 use super::norm::rms_norm;
 use super::rope::RopeTable;
-use super::weights::{LayerWeights, Linear, Weights};
+use super::weights::{Linear, MixtureWeights, MlpWeights, Weights};
 use crate::engine::kv_cache::KvCache;
 use crate::quant::cpu::Cpu;
 
@@ -94,8 +96,11 @@ impl Decoder {
     pub fn scratch_bytes(config: &Config, rows: u64) -> u64 {
         let hidden = config.hidden_size as u64;
         let projected = ((config.heads + 2 * config.kv_heads) * config.head_dim) as u64;
-        let experts = config.experts_per_token as u64 * (4 * hidden + 3 * config.intermediate_size as u64);
-        let per_row = 6 * hidden + 3 * projected + experts + config.vocab_size as u64;
+        let mlp = match config.mlp {
+            Mlp::Experts(experts) => experts.per_token as u64 * (4 * hidden + 3 * experts.intermediate_size as u64),
+            Mlp::Dense(dense) => 2 * dense.intermediate_size as u64,
+        };
+        let per_row = 6 * hidden + 3 * projected + mlp + config.vocab_size as u64;
         per_row * rows * size_of::<f32>() as u64
     }
 
@@ -139,7 +144,7 @@ impl Decoder {
             self.attention(index, &mut step, &normalised, &mut change);
             add(x, &change);
             rms_norm(x, &layer.mlp_norm, self.config.norm_eps, &mut normalised);
-            self.mixture(layer, &normalised, &mut change);
+            self.mlp(&layer.mlp, &normalised, &mut change);
             add(x, &change);
             self.progress.fetch_add(1, Ordering::Relaxed);
         }
@@ -175,11 +180,25 @@ impl Decoder {
         projected
     }
 
+    /// Computes what follows the attention in a layer, be it one of this model or of the part of it that is elsewhere.
+    ///
+    /// Shapes: x: [batch, hidden], normalised; out: [batch, hidden].
+    pub fn run_mlp(&self, weights: &MlpWeights, x: &[f32], out: &mut [f32]) {
+        self.cpu.run(|| self.mlp(weights, x, out));
+    }
+
+    fn mlp(&self, weights: &MlpWeights, x: &[f32], out: &mut [f32]) {
+        match weights {
+            MlpWeights::Experts(mixture) => self.mixture(mixture, x, out),
+            MlpWeights::Dense(weights) => DenseMlp { cpu: &self.cpu, weights }.run(x, out),
+        }
+    }
+
     /// Shapes: x, out: [batch, hidden].
-    fn mixture(&self, layer: &LayerWeights, x: &[f32], out: &mut [f32]) {
-        let activation = Activation { alpha: self.config.swiglu_alpha, limit: self.config.swiglu_limit };
-        let used = self.config.experts_per_token;
-        Mixture { cpu: &self.cpu, router: &layer.router, experts: &layer.experts, used, activation }.run(x, out);
+    fn mixture(&self, MixtureWeights { router, experts }: &MixtureWeights, x: &[f32], out: &mut [f32]) {
+        let config = self.config.experts().expect("weights have the shape of their config");
+        let activation = Activation { alpha: config.swiglu_alpha, limit: config.swiglu_limit };
+        Mixture { cpu: &self.cpu, router, experts, used: config.per_token, activation }.run(x, out);
     }
 
     fn rotation(&self, batch: &Batch<'_>) -> Rotation {

@@ -1,4 +1,4 @@
-//! The plain forward pass of gpt-oss: one sequence, formula by formula, every key and value kept in f32.
+//! The plain forward pass of gpt-oss and Llama: one sequence, formula by formula, every key and value kept in f32.
 //!
 //! Owns: the arithmetic that faster paths are compared with. Refuses: to be fast, to batch, and to keep a decoded matrix:
 //! each is decoded when it is multiplied with, a slice of rows at a time.
@@ -6,13 +6,16 @@
 //! the rounding of sums.
 //!
 //! Shapes: T tokens of this call, S tokens so far, H hidden, D width of a head, V vocabulary.
-//! Source: openai/gpt-oss, `torch/model.py`; transformers 5, `modeling_gpt_oss.py` (attention and experts "eager").
+//! Source: openai/gpt-oss, `torch/model.py`; transformers 5, `modeling_gpt_oss.py` and `modeling_llama.py` (attention and
+//! experts "eager").
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use super::config::Config;
+use super::config::{Config, ExpertsConfig};
 use super::rope::RopeTable;
-use super::weights::{AttentionWeights, ExpertWeights, LayerWeights, Linear, Weights};
+use super::weights::{
+    AttentionWeights, DenseWeights, ExpertWeights, LayerWeights, Linear, MixtureWeights, MlpWeights, Weights,
+};
 use crate::quant::Matrix;
 
 /// Rows of a matrix that are decoded at once: bounds the copy of a large output matrix.
@@ -83,13 +86,29 @@ impl<'m> Reference<'m> {
         self.product(&x, &self.weights.lm_head)
     }
 
-    /// One layer: x + attention(norm(x)), then x + experts(norm(x)).
+    /// One layer: x + attention(norm(x)), then x + mlp(norm(x)).
     fn layer(&mut self, index: usize, x: &Tensor, turns: &Turns) -> Result<Tensor> {
         let weights: &LayerWeights = &self.weights.layers[index];
         let attended = self.attention(index, &self.norm(x, &weights.attention_norm)?, turns)?;
         let x = self.round(&(x + attended)?)?;
-        let mixed = self.experts(weights, &self.norm(&x, &weights.mlp_norm)?)?;
-        self.round(&(x + mixed)?)
+        let normal = self.norm(&x, &weights.mlp_norm)?;
+        let change = match (&weights.mlp, self.config.experts()) {
+            (MlpWeights::Experts(mixture), Some(experts)) => self.experts(mixture, experts, &normal)?,
+            (MlpWeights::Experts(_), None) => unreachable!("weights have the shape of their config"),
+            (MlpWeights::Dense(dense), _) => self.dense(dense, &normal)?,
+        };
+        self.round(&(x + change)?)
+    }
+
+    /// The SwiGLU of a dense model: down(silu(gate(x)) * up(x)), silu(z) = z * sigmoid(z). Shapes: `[T, H] -> [T, H]`.
+    ///
+    /// Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+    fn dense(&self, weights: &DenseWeights, x: &Tensor) -> Result<Tensor> {
+        let gate = self.linear(x, &weights.gate)?;
+        let sigmoid = ((gate.neg()?.exp()? + 1.0)?).recip()?;
+        let gated = self.round(&(gate * sigmoid)?)?;
+        let inner = self.round(&(gated * self.linear(x, &weights.up)?)?)?;
+        self.linear(&inner, &weights.down)
     }
 
     /// Gathers the rows of the embedding. Shapes: `[T] -> [T, H]`.
@@ -133,7 +152,7 @@ impl<'m> Reference<'m> {
         self.round(&Tensor::cat(&slices, 1)?)
     }
 
-    /// Grouped-query attention with a learned sink per query head. Shapes: `x: [T, H] -> [T, H]`.
+    /// Grouped-query attention with a sink per query head, minus infinity for none. Shapes: `x: [T, H] -> [T, H]`.
     fn attention(&mut self, layer: usize, x: &Tensor, turns: &Turns) -> Result<Tensor> {
         let weights: &AttentionWeights = &self.weights.layers[layer].attention;
         let queries = self.turn(&self.heads(&self.linear(x, &weights.q)?)?, turns)?;
@@ -242,11 +261,11 @@ impl<'m> Reference<'m> {
     }
 
     /// Sends each token through its experts and adds up what they say, by the router's shares. Shapes: `[T, H] -> [T, H]`.
-    fn experts(&self, weights: &LayerWeights, x: &Tensor) -> Result<Tensor> {
+    fn experts(&self, weights: &MixtureWeights, config: &ExpertsConfig, x: &Tensor) -> Result<Tensor> {
         let logits = self.linear(x, &weights.router)?.to_vec2::<f32>()?;
         let mut routed = vec![(Vec::new(), Vec::new()); weights.experts.len()];
         for (token, logits) in logits.iter().enumerate() {
-            for (expert, share) in route(logits, self.config.experts_per_token) {
+            for (expert, share) in route(logits, config.per_token) {
                 routed[expert].0.push(token as u32);
                 routed[expert].1.push(share);
             }
@@ -259,7 +278,7 @@ impl<'m> Reference<'m> {
             let count = tokens.len();
             let tokens = Tensor::from_vec(tokens, count, &Device::Cpu)?;
             let shares = self.round(&Tensor::from_vec(shares, (count, 1), &Device::Cpu)?)?;
-            let said = self.expert(expert, &x.index_select(&tokens, 0)?)?;
+            let said = self.expert(expert, config, &x.index_select(&tokens, 0)?)?;
             let weighed = self.round(&said.broadcast_mul(&shares)?)?;
             sum = self.round(&sum.index_add(&tokens, &weighed, 0)?)?;
         }
@@ -270,9 +289,9 @@ impl<'m> Reference<'m> {
     /// gate <- min(gate, limit), up <- clamp(up, -limit, limit), y = (up + 1) * gate * sigmoid(alpha * gate).
     ///
     /// Shapes: `[n, H] -> [n, H]`.
-    fn expert(&self, weights: &ExpertWeights, x: &Tensor) -> Result<Tensor> {
-        let (limit, alpha) = (f64::from(self.config.swiglu_limit), f64::from(self.config.swiglu_alpha));
-        let (tokens, width) = (x.dim(0)?, self.config.intermediate_size);
+    fn expert(&self, weights: &ExpertWeights, config: &ExpertsConfig, x: &Tensor) -> Result<Tensor> {
+        let (limit, alpha) = (f64::from(config.swiglu_limit), f64::from(config.swiglu_alpha));
+        let (tokens, width) = (x.dim(0)?, config.intermediate_size);
         let both = self.linear(x, &weights.gate_up)?.reshape((tokens, width, 2))?;
         let half = |index| both.narrow(2, index, 1)?.contiguous()?.reshape((tokens, width));
         let (gate, up) = (half(0)?.minimum(limit)?, half(1)?.clamp(-limit, limit)?);

@@ -1,4 +1,4 @@
-//! Rotary position embedding, plain and stretched by YaRN.
+//! Rotary position embedding, plain, stretched by YaRN, and stretched as Llama 3.1 does.
 //!
 //! Element `i` of the first half of a head is paired with element `i` of the second (half-split, as in GPT-NeoX), and the
 //! pair is turned by `position * frequency[i]`: (a, b) -> (a cos - b sin, b cos + a sin).
@@ -15,8 +15,17 @@
 //! concentration = 0.1 ln(factor) + 1
 //! ```
 //!
+//! Llama 3 blends by the turns themselves and changes nothing else:
+//!
+//! ```text
+//! turns_i   = original * f_i / (2 pi)                              within the original context
+//! kept_i    = clamp((turns_i - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+//! inverse_i = f_i kept_i + f_i / factor * (1 - kept_i)
+//! ```
+//!
 //! Source: Su et al., "RoFormer" (2021); Peng et al., "YaRN" (2023), sections 3.2 to 3.4; transformers 5,
-//! `modeling_rope_utils._compute_yarn_parameters`, which computes in f32 where we compute in f64 and round once.
+//! `modeling_rope_utils` (`_compute_yarn_parameters`, `_compute_llama3_parameters`), which computes in f32 where we compute
+//! in f64 and round once.
 
 use std::f64::consts::PI;
 
@@ -27,8 +36,19 @@ pub struct Rope {
     pub theta: f64,
     /// Width of a head. Bounds: even, at least 2.
     pub head_dim: usize,
-    /// How positions beyond the original context are reached, if they are.
-    pub yarn: Option<Yarn>,
+    /// How positions beyond the original context are reached.
+    pub scaling: Scaling,
+}
+
+/// How positions beyond the original context are reached.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scaling {
+    /// They are not.
+    None,
+    /// By YaRN.
+    Yarn(Yarn),
+    /// As Llama 3.1 does.
+    Llama3(Llama3),
 }
 
 /// The stretching of a context by YaRN.
@@ -48,6 +68,19 @@ pub struct Yarn {
     pub concentration: Option<f64>,
 }
 
+/// The stretching of a context as Llama 3.1 does it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Llama3 {
+    /// What the frequencies that turn seldom are divided by. Bounds: at least 1.
+    pub factor: f64,
+    /// Turns in the original context up to which a frequency is divided by the factor. Bounds: above 0.
+    pub low_freq_factor: f64,
+    /// Turns from which it is kept. Bounds: above `low_freq_factor`.
+    pub high_freq_factor: f64,
+    /// The context that the model was trained with. Units: tokens.
+    pub original_context: usize,
+}
+
 /// Frequencies, ready to turn any position.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeTable {
@@ -59,9 +92,10 @@ impl RopeTable {
     /// Computes the frequencies of a model.
     #[must_use]
     pub fn new(rope: &Rope) -> RopeTable {
-        let (frequencies, concentration) = match &rope.yarn {
-            None => (plain_frequencies(rope), 1.0),
-            Some(yarn) => (yarn_frequencies(rope, yarn), concentration(yarn)),
+        let (frequencies, concentration) = match &rope.scaling {
+            Scaling::None => (plain_frequencies(rope), 1.0),
+            Scaling::Yarn(yarn) => (yarn_frequencies(rope, yarn), concentration(yarn)),
+            Scaling::Llama3(llama3) => (llama3_frequencies(rope, llama3), 1.0),
         };
         let inverse_frequencies = frequencies.into_iter().map(|frequency| frequency as f32).collect();
         RopeTable { inverse_frequencies, concentration: concentration as f32 }
@@ -114,6 +148,16 @@ fn yarn_frequencies(rope: &Rope, yarn: &Yarn) -> Vec<f64> {
     plain_frequencies(rope).into_iter().enumerate().map(blend).collect()
 }
 
+fn llama3_frequencies(rope: &Rope, llama3: &Llama3) -> Vec<f64> {
+    let blend = |frequency: f64| {
+        let turns = llama3.original_context as f64 * frequency / (2.0 * PI);
+        let kept = (turns - llama3.low_freq_factor) / (llama3.high_freq_factor - llama3.low_freq_factor);
+        let kept = kept.clamp(0.0, 1.0);
+        frequency * kept + frequency / llama3.factor * (1.0 - kept)
+    };
+    plain_frequencies(rope).into_iter().map(blend).collect()
+}
+
 fn blend_bounds(rope: &Rope, yarn: &Yarn) -> (f64, f64) {
     let width = rope.head_dim as f64;
     let index_of =
@@ -131,22 +175,25 @@ fn concentration(yarn: &Yarn) -> f64 {
 mod tests {
     use super::*;
 
-    fn gpt_oss() -> Rope {
-        let yarn = Yarn {
+    fn yarn() -> Yarn {
+        Yarn {
             factor: 32.0,
             beta_fast: 32.0,
             beta_slow: 1.0,
             original_context: 4096,
             is_truncated: false,
             concentration: None,
-        };
-        Rope { theta: 150_000.0, head_dim: 64, yarn: Some(yarn) }
+        }
+    }
+
+    fn gpt_oss(yarn: Yarn) -> Rope {
+        Rope { theta: 150_000.0, head_dim: 64, scaling: Scaling::Yarn(yarn) }
     }
 
     #[test]
     fn the_blend_of_gpt_oss_lies_where_its_authors_say() {
-        let rope = gpt_oss();
-        let (low, high) = blend_bounds(&rope, rope.yarn.as_ref().expect("stretched"));
+        let rope = gpt_oss(yarn());
+        let (low, high) = blend_bounds(&rope, &yarn());
         assert!((low - 8.09).abs() < 0.01, "{low}");
         assert!((high - 17.40).abs() < 0.01, "{high}");
         assert!((RopeTable::new(&rope).concentration() - 1.346_573_6).abs() < 1e-6);
@@ -154,7 +201,7 @@ mod tests {
 
     #[test]
     fn a_position_turns_each_pair_by_its_frequency() {
-        let table = RopeTable::new(&Rope { theta: 10_000.0, head_dim: 4, yarn: None });
+        let table = RopeTable::new(&Rope { theta: 10_000.0, head_dim: 4, scaling: Scaling::None });
         assert_eq!(table.inverse_frequencies(), [1.0, 0.01]);
         let (mut cos, mut sin) = ([0.0; 2], [0.0; 2]);
         table.write(0, &mut cos, &mut sin);
@@ -166,8 +213,7 @@ mod tests {
 
     #[test]
     fn a_set_concentration_wins() {
-        let mut rope = gpt_oss();
-        rope.yarn.as_mut().expect("stretched").concentration = Some(1.0);
+        let rope = gpt_oss(Yarn { concentration: Some(1.0), ..yarn() });
         assert_eq!(RopeTable::new(&rope).concentration(), 1.0);
     }
 }

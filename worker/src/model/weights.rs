@@ -1,10 +1,13 @@
 //! A model's weights by role, each matrix in the form in which the file stores it.
 //!
-//! Owns: the names of gpt-oss's tensors in every layout, and checking them against the config. Refuses: tensors that are
+//! Owns: the names of tensors in every layout, and checking them against the config. Refuses: tensors that are
 //! missing, misshapen or not finite where that is cheap to see (norms, biases, sinks, scales), and weights of layers or
 //! experts beyond the config.
 //! Invariant: the shapes of `Weights` are those of the `Config` that it was loaded with. Nothing is expanded whole: a
 //! matrix that is quantised on the way is expanded alone.
+//!
+//! Attention, norms, embedding and output matrix have the same names in every architecture. A Llama's layer N has
+//! `model.layers.N.mlp.{gate,up,down}_proj.weight`, floats or NF4, outputs first; a gpt-oss has a router and experts:
 //!
 //! | layout | experts of layer N, under `model.layers.N.mlp.` |
 //! | --- | --- |
@@ -16,7 +19,7 @@
 //! Biases of the fused layouts are `experts.{gate_up,down}_proj_bias` `[experts, outputs]`. In all of them the outputs of
 //! gate_up are interleaved: gate, up, gate, up.
 
-use super::config::{Config, Quantization};
+use super::config::{Config, DenseConfig, ExpertsConfig, Mlp, Quantization};
 use crate::checkpoint::{Checkpoint, CheckpointError, Tensor, bnb4bit, mxfp4};
 use crate::quant::{Dense, Matrix, quantize_nf4};
 
@@ -42,10 +45,61 @@ pub struct LayerWeights {
     pub attention: AttentionWeights,
     /// `[hidden]`.
     pub mlp_norm: Vec<f32>,
+    /// What follows the attention.
+    pub mlp: MlpWeights,
+}
+
+/// The weights of what follows the attention.
+#[derive(Clone, Debug)]
+pub enum MlpWeights {
+    /// A router and experts.
+    Experts(MixtureWeights),
+    /// One network for every token.
+    Dense(Box<DenseWeights>),
+}
+
+/// The weights of a router and its experts.
+#[derive(Clone, Debug)]
+pub struct MixtureWeights {
     /// `[experts, hidden]`, with bias.
     pub router: Linear,
     /// One per expert.
     pub experts: Vec<ExpertWeights>,
+}
+
+/// The weights of a dense network.
+#[derive(Clone, Debug)]
+pub struct DenseWeights {
+    /// `[intermediate, hidden]`.
+    pub gate: Linear,
+    /// `[intermediate, hidden]`.
+    pub up: Linear,
+    /// `[hidden, intermediate]`.
+    pub down: Linear,
+}
+
+impl MlpWeights {
+    /// Gives router and experts; `None` for a dense network.
+    #[must_use]
+    pub fn experts(&self) -> Option<&MixtureWeights> {
+        match self {
+            MlpWeights::Experts(mixture) => Some(mixture),
+            MlpWeights::Dense(_) => None,
+        }
+    }
+
+    /// Gives every linear, in no particular order.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let (dense, mixture) = match self {
+            MlpWeights::Dense(dense) => (Some([&dense.gate, &dense.up, &dense.down]), None),
+            MlpWeights::Experts(mixture) => (None, Some(mixture)),
+        };
+        let experts = mixture.into_iter().flat_map(|mixture| {
+            let experts = mixture.experts.iter().flat_map(|expert| [&expert.gate_up, &expert.down]);
+            [&mixture.router].into_iter().chain(experts)
+        });
+        dense.into_iter().flatten().chain(experts)
+    }
 }
 
 /// The weights of one attention.
@@ -59,7 +113,7 @@ pub struct AttentionWeights {
     pub v: Linear,
     /// `[hidden, heads * head_dim]`.
     pub o: Linear,
-    /// One logit per query head.
+    /// One logit per query head; minus infinity, which takes no share of a softmax, where the architecture has none.
     pub sinks: Vec<f32>,
 }
 
@@ -120,19 +174,25 @@ impl Weights {
     pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         let layers = self.layers.iter().flat_map(|layer| {
             let attention = &layer.attention;
-            let linears = [&attention.q, &attention.k, &attention.v, &attention.o, &layer.router];
-            let experts = layer.experts.iter().flat_map(|expert| [&expert.gate_up, &expert.down]);
-            linears.into_iter().chain(experts).map(|linear| &linear.weight)
+            let linears = [&attention.q, &attention.k, &attention.v, &attention.o];
+            linears.into_iter().chain(layer.mlp.linears()).map(|linear| &linear.weight)
         });
         [&self.embedding, &self.lm_head].into_iter().chain(layers)
     }
 
-    /// Gives the form of most of the weights, for people: that of the experts.
+    /// Gives the form of most of the weights, for people: that of what follows the attention.
     #[must_use]
     pub fn format_name(&self) -> &'static str {
-        let expert = self.layers.first().and_then(|layer| layer.experts.first());
-        expert.map_or(self.embedding.format_name(), |expert| expert.gate_up.weight.format_name())
+        let last = self.layers.first().and_then(|layer| layer.mlp.linears().last());
+        last.map_or(self.embedding.format_name(), |linear| linear.weight.format_name())
     }
+}
+
+/// Whether a linear has a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Bias {
+    Present,
+    Absent,
 }
 
 /// Which 4-bit forms the file was found to hold.
@@ -165,11 +225,11 @@ impl Loader<'_, '_> {
         Ok(Weights { embedding, layers, final_norm, lm_head })
     }
 
-    fn lm_head(&self, embedding_tensor: &Tensor, embedding: &Matrix) -> Result<Matrix, CheckpointError> {
+    fn lm_head(&mut self, embedding_tensor: &Tensor, embedding: &Matrix) -> Result<Matrix, CheckpointError> {
         const NAME: &str = "lm_head.weight";
         let (vocabulary, hidden) = (self.config.vocab_size, self.config.hidden_size);
         if !self.config.has_tied_embeddings {
-            return Ok(Matrix::Dense(self.checkpoint.tensor(NAME)?.dense(vocabulary, hidden)?));
+            return self.matrix(NAME, vocabulary, hidden);
         }
         if self.checkpoint.has(NAME) {
             let head = self.checkpoint.tensor(NAME)?;
@@ -188,37 +248,64 @@ impl Loader<'_, '_> {
         let attention_norm = self.vector(&format!("{prefix}.input_layernorm.weight"), &[hidden])?;
         let attention = self.attention(&format!("{prefix}.self_attn"))?;
         let mlp_norm = self.vector(&format!("{prefix}.post_attention_layernorm.weight"), &[hidden])?;
-        let router = self.router(&format!("{prefix}.mlp.router"))?;
-        let experts = self.experts(&format!("{prefix}.mlp.experts"))?;
-        let weights = LayerWeights { attention_norm, attention, mlp_norm, router, experts };
+        let mlp = match self.config.mlp {
+            Mlp::Experts(experts) => MlpWeights::Experts(self.mixture(&format!("{prefix}.mlp"), experts)?),
+            Mlp::Dense(dense) => MlpWeights::Dense(Box::new(self.dense(&format!("{prefix}.mlp"), dense)?)),
+        };
+        let weights = LayerWeights { attention_norm, attention, mlp_norm, mlp };
         let attention = [&weights.attention.q, &weights.attention.k, &weights.attention.v, &weights.attention.o];
-        let experts = weights.experts.iter().flat_map(|expert| [&expert.gate_up, &expert.down]);
-        let bytes = attention.into_iter().chain(experts).map(|linear| linear.weight.stored_bytes()).sum();
+        let linears = attention.into_iter().chain(weights.mlp.linears());
+        let bytes = linears.map(|linear| linear.weight.stored_bytes()).sum();
         self.step(&format!("layer {} of {}", layer + 1, self.config.layers.len()), bytes);
         Ok(weights)
     }
 
     fn attention(&mut self, prefix: &str) -> Result<AttentionWeights, CheckpointError> {
         let (hidden, query, kv) = (self.config.hidden_size, self.config.query_width(), self.config.kv_width());
+        let bias = if self.config.has_attention_bias { Bias::Present } else { Bias::Absent };
+        let sinks = match self.config.has_sinks {
+            true => self.vector(&format!("{prefix}.sinks"), &[self.config.heads])?,
+            false => vec![f32::NEG_INFINITY; self.config.heads],
+        };
         Ok(AttentionWeights {
-            q: self.projection(&format!("{prefix}.q_proj"), query, hidden)?,
-            k: self.projection(&format!("{prefix}.k_proj"), kv, hidden)?,
-            v: self.projection(&format!("{prefix}.v_proj"), kv, hidden)?,
-            o: self.projection(&format!("{prefix}.o_proj"), hidden, query)?,
-            sinks: self.vector(&format!("{prefix}.sinks"), &[self.config.heads])?,
+            q: self.linear(&format!("{prefix}.q_proj"), [query, hidden], bias)?,
+            k: self.linear(&format!("{prefix}.k_proj"), [kv, hidden], bias)?,
+            v: self.linear(&format!("{prefix}.v_proj"), [kv, hidden], bias)?,
+            o: self.linear(&format!("{prefix}.o_proj"), [hidden, query], bias)?,
+            sinks,
         })
     }
 
-    fn projection(&mut self, name: &str, rows: usize, cols: usize) -> Result<Linear, CheckpointError> {
+    fn dense(&mut self, prefix: &str, dense: DenseConfig) -> Result<DenseWeights, CheckpointError> {
+        let (hidden, intermediate) = (self.config.hidden_size, dense.intermediate_size);
+        let bias = if dense.has_bias { Bias::Present } else { Bias::Absent };
+        Ok(DenseWeights {
+            gate: self.linear(&format!("{prefix}.gate_proj"), [intermediate, hidden], bias)?,
+            up: self.linear(&format!("{prefix}.up_proj"), [intermediate, hidden], bias)?,
+            down: self.linear(&format!("{prefix}.down_proj"), [hidden, intermediate], bias)?,
+        })
+    }
+
+    /// Reads a matrix, quantised if that was asked for, and its bias.
+    fn linear(&mut self, name: &str, [rows, cols]: [usize; 2], bias: Bias) -> Result<Linear, CheckpointError> {
         let stored = self.matrix(&format!("{name}.weight"), rows, cols)?;
         let weight = self.quantized(&format!("{name}.weight"), stored)?;
-        let bias = self.config.has_attention_bias.then(|| self.vector(&format!("{name}.bias"), &[rows]));
-        Ok(Linear { weight, bias: bias.transpose()? })
+        let bias_name = format!("{name}.bias");
+        let bias = match bias {
+            Bias::Present => Some(self.vector(&bias_name, &[rows])?),
+            // One that the config does not know would be left out in silence.
+            Bias::Absent if self.checkpoint.has(&bias_name) => {
+                let (file, tensor) = (self.checkpoint.tensor(&bias_name)?.file().to_owned(), bias_name);
+                return Err(CheckpointError::BiasBeyondConfig { file, tensor });
+            }
+            Bias::Absent => None,
+        };
+        Ok(Linear { weight, bias })
     }
 
     /// Reads the router, which transformers' quantised form wraps into one more module.
-    fn router(&mut self, name: &str) -> Result<Linear, CheckpointError> {
-        let (experts, hidden) = (self.config.experts, self.config.hidden_size);
+    fn router(&mut self, name: &str, experts: usize) -> Result<Linear, CheckpointError> {
+        let hidden = self.config.hidden_size;
         let wrapped = format!("{name}.linear");
         let name = if self.checkpoint.has(&format!("{wrapped}.weight")) { &wrapped } else { name };
         let weight = self.matrix(&format!("{name}.weight"), experts, hidden)?;
@@ -226,20 +313,22 @@ impl Loader<'_, '_> {
         Ok(Linear { weight, bias: Some(bias) })
     }
 
-    fn experts(&mut self, prefix: &str) -> Result<Vec<ExpertWeights>, CheckpointError> {
-        let (hidden, intermediate) = (self.config.hidden_size, self.config.intermediate_size);
-        let gate_up = self.expert_linears(&format!("{prefix}.gate_up_proj"), 2 * intermediate, hidden)?;
-        let down = self.expert_linears(&format!("{prefix}.down_proj"), hidden, intermediate)?;
-        Ok(gate_up.into_iter().zip(down).map(|(gate_up, down)| ExpertWeights { gate_up, down }).collect())
+    fn mixture(&mut self, prefix: &str, experts: ExpertsConfig) -> Result<MixtureWeights, CheckpointError> {
+        let (hidden, intermediate, count) = (self.config.hidden_size, experts.intermediate_size, experts.count);
+        let router = self.router(&format!("{prefix}.router"), count)?;
+        let prefix = format!("{prefix}.experts");
+        let gate_up = self.expert_linears(&format!("{prefix}.gate_up_proj"), [count, 2 * intermediate, hidden])?;
+        let down = self.expert_linears(&format!("{prefix}.down_proj"), [count, hidden, intermediate])?;
+        let experts = gate_up.into_iter().zip(down).map(|(gate_up, down)| ExpertWeights { gate_up, down }).collect();
+        Ok(MixtureWeights { router, experts })
     }
 
     /// Reads one of the two matrices of every expert, in whichever layout it is stored.
-    fn expert_linears(&mut self, name: &str, rows: usize, cols: usize) -> Result<Vec<Linear>, CheckpointError> {
-        let count = self.config.experts;
+    fn expert_linears(&mut self, name: &str, shape: [usize; 3]) -> Result<Vec<Linear>, CheckpointError> {
+        let [count, rows, cols] = shape;
         if self.checkpoint.has(&format!("{name}s.0.weight")) {
-            return (0..count).map(|e| self.expert_linear(&format!("{name}s.{e}"), rows, cols)).collect();
+            return (0..count).map(|e| self.linear(&format!("{name}s.{e}"), [rows, cols], Bias::Present)).collect();
         }
-        let shape = [count, rows, cols];
         let stored: Vec<Matrix> = if mxfp4::has(self.checkpoint, name) {
             self.found.mxfp4 = true;
             mxfp4::experts(self.checkpoint, name, shape)?.into_iter().map(Matrix::Mxfp4).collect()
@@ -254,13 +343,6 @@ impl Loader<'_, '_> {
             Ok(Linear { weight: self.quantized(name, matrix)?, bias: Some(bias.to_vec()) })
         };
         stored.into_iter().zip(biases.chunks_exact(rows)).map(linear).collect()
-    }
-
-    fn expert_linear(&mut self, name: &str, rows: usize, cols: usize) -> Result<Linear, CheckpointError> {
-        let weight = format!("{name}.weight");
-        let stored = self.matrix(&weight, rows, cols)?;
-        let weight = self.quantized(&weight, stored)?;
-        Ok(Linear { weight, bias: Some(self.vector(&format!("{name}.bias"), &[rows])?) })
     }
 
     /// Reads fused experts of floats, stored inputs first.
@@ -328,13 +410,14 @@ impl Loader<'_, '_> {
 
 /// Refuses weights of layers or experts that the config does not count: they would be left out in silence.
 fn refuse_beyond_config(checkpoint: &Checkpoint, config: &Config) -> Result<(), CheckpointError> {
+    let experts = config.experts().map(|experts| experts.count);
     for name in checkpoint.names() {
         let Some((layer, rest)) = name.strip_prefix("model.layers.").and_then(leading_number) else { continue };
         let parts = ["mlp.experts.gate_up_projs.", "mlp.experts.down_projs."];
         let expert = parts.iter().find_map(|part| rest.strip_prefix('.')?.strip_prefix(part)).and_then(leading_number);
         let (what, count) = match expert {
             _ if layer >= config.layers.len() => ("layers", config.layers.len()),
-            Some((expert, _)) if expert >= config.experts => ("experts", config.experts),
+            Some((expert, _)) if experts.is_some_and(|count| expert >= count) => ("experts", experts.unwrap_or(0)),
             _ => continue,
         };
         let (file, tensor) = (checkpoint.tensor(name)?.file().to_owned(), name.to_owned());

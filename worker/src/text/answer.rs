@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bulkhead_shared::message::Piece;
 
+use crate::text::chat::calls::CallReader;
 use crate::text::detokenizer::Detokenizer;
 use crate::text::error::TextError;
 use crate::text::harmony::Markers;
@@ -16,12 +17,23 @@ use crate::text::stop::StopMatcher;
 use crate::text::tokenizer::Tokenizer;
 
 /// The form of an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AnswerKind {
     /// Messages in the harmony format.
     Harmony,
-    /// Plain text: everything is content, and special tokens stand for no text.
+    /// One message, behind a prompt by a template: everything is content, but for tool calls.
+    Message(Calls),
+    /// The continuation of a text: everything is content, and special tokens stand for no text.
     Plain,
+}
+
+/// How a message may call tools.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Calls {
+    /// It may not.
+    None,
+    /// These, as Llama 3 does.
+    Llama(Vec<String>),
 }
 
 /// Why no more tokens come.
@@ -57,7 +69,43 @@ pub struct Answer {
 #[derive(Clone, Debug)]
 enum Form {
     Harmony(Box<Parser>),
-    Plain(Detokenizer),
+    Plain(Plain),
+}
+
+/// Text that is content, or perhaps a tool call.
+#[derive(Clone, Debug, Default)]
+struct Plain {
+    text: Detokenizer,
+    /// Whether the next text begins with a space that is the tokenizer's.
+    skips_space: bool,
+    calls: Option<CallReader>,
+}
+
+impl Plain {
+    fn push(&mut self, bytes: &[u8]) -> String {
+        let mut text = self.text.push(bytes);
+        if self.skips_space && !text.is_empty() {
+            self.skips_space = false;
+            if text.starts_with(' ') {
+                text.remove(0);
+            }
+        }
+        match &mut self.calls {
+            Some(calls) => calls.push(text),
+            None => text,
+        }
+    }
+
+    fn finish(&mut self, is_whole: bool) -> Vec<Piece> {
+        let rest = self.text.finish().map(String::from).unwrap_or_default();
+        match &mut self.calls {
+            Some(calls) => {
+                let text = Piece::Content(calls.push(rest));
+                [text].into_iter().chain(calls.finish(is_whole)).collect()
+            }
+            None => vec![Piece::Content(rest)],
+        }
+    }
 }
 
 impl Answer {
@@ -68,7 +116,15 @@ impl Answer {
     pub fn new(kind: AnswerKind, stop: Vec<String>, tokenizer: Arc<Tokenizer>) -> Result<Answer, TextError> {
         let form = match kind {
             AnswerKind::Harmony => Form::Harmony(Box::new(Parser::new(Markers::of(&tokenizer)?))),
-            AnswerKind::Plain => Form::Plain(Detokenizer::default()),
+            AnswerKind::Message(calls) => Form::Plain(Plain {
+                text: Detokenizer::default(),
+                skips_space: tokenizer.strips_first_space(),
+                calls: match calls {
+                    Calls::None => None,
+                    Calls::Llama(names) => Some(CallReader::new(names)),
+                },
+            }),
+            AnswerKind::Plain => Form::Plain(Plain::default()),
         };
         Ok(Answer { tokenizer, stop: StopMatcher::new(stop), form })
     }
@@ -97,7 +153,7 @@ impl Answer {
         };
         let pieces = match &mut self.form {
             Form::Harmony(parser) => parser.finish(ending),
-            Form::Plain(text) => text.finish().map(|c| Piece::Content(c.into())).into_iter().collect(),
+            Form::Plain(plain) => plain.finish(ending == Ending::Complete),
         };
         let mut pieces = self.until_stop(pieces);
         if !self.stop.has_stopped() {
@@ -112,7 +168,7 @@ impl Answer {
     pub fn has_tool_calls(&self) -> bool {
         match &self.form {
             Form::Harmony(parser) => parser.calls() > 0,
-            Form::Plain(_) => false,
+            Form::Plain(plain) => plain.calls.as_ref().is_some_and(|calls| calls.calls() > 0),
         }
     }
 

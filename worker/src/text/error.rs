@@ -83,6 +83,50 @@ pub enum TextError {
         /// The first token that is missing.
         token: &'static str,
     },
+    /// The model has no template to write a conversation with.
+    #[error(
+        "this model has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json): \
+         use /v1/completions"
+    )]
+    NoTemplate,
+    /// The model's template cannot be compiled.
+    #[error("the model's chat template {reason}: use /v1/completions")]
+    TemplateUnusable {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The model's template refuses the conversation.
+    #[error("the model's chat template refuses the conversation: {message}")]
+    TemplateRaised {
+        /// What it says.
+        message: String,
+    },
+    /// The model's template does more work than a conversation is worth.
+    #[error("the model's chat template was stopped after more work than this conversation may take")]
+    TemplateFuel,
+    /// The model's template writes more than a prompt may have.
+    #[error("the model's chat template writes {bytes} bytes, more than {max}")]
+    TemplateOutput {
+        /// What it wrote.
+        bytes: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The model's template cannot render the conversation.
+    #[error("the model's chat template cannot render the conversation: {reason}")]
+    TemplateFailed {
+        /// Why, by the template engine.
+        reason: String,
+    },
+    /// The model's template makes special tokens of a message's text. Such a prompt could forge structure.
+    #[error("the model's chat template makes special tokens of a message's text: this model cannot take that text")]
+    TemplateForged,
+    /// The model's template is for conversations without tools.
+    #[error("this model cannot be given tools: its chat template {reason}")]
+    ToolsNotSupported {
+        /// What the template does instead.
+        reason: &'static str,
+    },
     /// A tool's name would break the header that it stands in.
     #[error("tool name `{name}` must be 1 to {max} letters, digits, `_`, `-` or `.`")]
     ToolName {
@@ -157,6 +201,14 @@ impl TextError {
             | TextError::Encode { .. }
             | TextError::SpecialFromText { .. }
             | TextError::NoHarmony { .. }
+            | TextError::NoTemplate
+            | TextError::TemplateUnusable { .. }
+            | TextError::TemplateRaised { .. }
+            | TextError::TemplateFuel
+            | TextError::TemplateOutput { .. }
+            | TextError::TemplateFailed { .. }
+            | TextError::TemplateForged
+            | TextError::ToolsNotSupported { .. }
             | TextError::ToolName { .. }
             | TextError::ToolSchemaSyntax { .. }
             | TextError::ToolSchema { .. }
@@ -176,11 +228,19 @@ impl TextError {
     #[must_use]
     pub fn param(&self) -> &'static str {
         match self {
-            TextError::ToolName { .. }
+            TextError::ToolsNotSupported { .. }
+            | TextError::ToolName { .. }
             | TextError::ToolSchemaSyntax { .. }
             | TextError::ToolSchema { .. }
             | TextError::ToolSchemaTooLong { .. } => "tools",
-            TextError::NoHarmony { .. } => "messages",
+            TextError::NoHarmony { .. }
+            | TextError::NoTemplate
+            | TextError::TemplateUnusable { .. }
+            | TextError::TemplateRaised { .. }
+            | TextError::TemplateFuel
+            | TextError::TemplateOutput { .. }
+            | TextError::TemplateFailed { .. }
+            | TextError::TemplateForged => "messages",
             TextError::Unbroken { .. } | TextError::Encode { .. } | TextError::SpecialFromText { .. } => "prompt",
             TextError::Read { .. }
             | TextError::FileTooLarge { .. }

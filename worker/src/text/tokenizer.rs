@@ -1,6 +1,8 @@
 //! Text to token ids and token ids to bytes, by the model's tokenizer.json.
 //!
-//! Owns: the tokenizer and a table of the bytes of every ordinary token. Refuses: tokenizers that are not byte-level.
+//! Owns: the tokenizer and a table of the bytes of every ordinary token. Refuses: tokenizers that cannot write every byte.
+//! Two kinds can: byte-level ones, which write each byte as a character, and those of SentencePiece's form with a token for
+//! each byte as the last resort, which write a space as U+2581.
 //! Invariants: ordinary text never becomes a special token, however it is spelled; encoding neither adds tokens nor cuts
 //! text off; long texts are encoded chunk by chunk, which bounds memory and the regular expression's backtracking.
 
@@ -25,13 +27,44 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// steps back in one match, and some runs of one kind of character cost a step for each of them.
 const UNBROKEN_BYTES_MAX: usize = 2 << 20;
 
+/// How SentencePiece writes a space.
+const SPACE: &str = "\u{2581}";
+
 /// A model's tokenizer. Threads can share it.
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     chunking: Chunking,
     special_ids: HashMap<String, u32>,
+    structural: Vec<Structural>,
+    prefix: Vec<u32>,
+    strips_first_space: bool,
     tokens: TokenTable,
+}
+
+/// A token that ordinary text never becomes, however it is spelled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Structural {
+    /// The token.
+    pub id: u32,
+    /// How it is spelled; never empty.
+    pub content: String,
+    /// Whether white space before it belongs to it.
+    pub takes_left: bool,
+    /// Whether white space behind it belongs to it.
+    pub takes_right: bool,
+}
+
+/// How a tokenizer writes bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ByteForm {
+    /// Each byte as a character of its own.
+    Alphabet,
+    /// Characters as they are, with tokens like `<0x0A>` for the bytes of others.
+    Fallback {
+        /// Whether the first space of a decoded text is taken away, which encoding put there.
+        strips_first_space: bool,
+    },
 }
 
 /// Whether a text may be cut into chunks.
@@ -55,16 +88,26 @@ impl Tokenizer {
             .ok_or_else(|| TextError::Read { path: path.clone(), source: std::io::ErrorKind::NotFound.into() })?;
         let malformed = |source| TextError::Tokenizer { path: path.clone(), source };
         let mut inner = tokenizers::Tokenizer::from_bytes(&content).map_err(malformed)?;
-        check_byte_level(&inner, &path)?;
+        let form = byte_form(&inner, &path)?;
         inner.with_truncation(None).map_err(malformed)?;
         inner.with_padding(None);
         without_dropout(&mut inner);
 
         let special_ids = special_ids(&inner);
-        let tokens = TokenTable::new(&inner, &path)?;
+        let tokens = TokenTable::new(&inner, form, &path)?;
+        let whole = inner.encode_fast("", true).map_err(malformed)?;
+        let prefix = whole.get_ids().iter().copied().take_while(|id| tokens.is_special(*id)).collect();
         make_markers_text(&mut inner).map_err(malformed)?;
         inner.set_encode_special_tokens(true);
-        Ok(Tokenizer { chunking: chunking(&inner), inner, special_ids, tokens })
+        Ok(Tokenizer {
+            chunking: chunking(&inner),
+            structural: structural(&inner),
+            inner,
+            special_ids,
+            prefix,
+            strips_first_space: form == ByteForm::Fallback { strips_first_space: true },
+            tokens,
+        })
     }
 
     /// Encodes ordinary text: nothing in it becomes a special token, and nothing is added.
@@ -107,6 +150,24 @@ impl Tokenizer {
         self.special_ids.get(token).copied()
     }
 
+    /// Gives the tokens that ordinary text never becomes, in the order of their ids.
+    #[must_use]
+    pub fn structural(&self) -> &[Structural] {
+        &self.structural
+    }
+
+    /// Gives the special tokens that the tokenizer puts in front of a text that is no conversation.
+    #[must_use]
+    pub fn prefix(&self) -> &[u32] {
+        &self.prefix
+    }
+
+    /// Says whether the first space of a text that stands alone is the tokenizer's and not the text's.
+    #[must_use]
+    pub fn strips_first_space(&self) -> bool {
+        self.strips_first_space
+    }
+
     /// Says whether a token is special: a marker that stands for no text.
     #[must_use]
     pub fn is_special(&self, id: u32) -> bool {
@@ -146,7 +207,7 @@ enum Place {
 }
 
 impl TokenTable {
-    fn new(tokenizer: &tokenizers::Tokenizer, path: &Path) -> Result<TokenTable, TextError> {
+    fn new(tokenizer: &tokenizers::Tokenizer, form: ByteForm, path: &Path) -> Result<TokenTable, TextError> {
         let byte_of = byte_alphabet();
         let mut vocabulary: Vec<(String, u32)> = tokenizer.get_vocab(true).into_iter().collect();
         vocabulary.sort_unstable_by_key(|(_, id)| *id);
@@ -160,11 +221,17 @@ impl TokenTable {
             table.places[id as usize] = match added.get(&id) {
                 Some(added) if added.special => Place::Special,
                 Some(added) => table.append(added.content.as_bytes()),
-                None => {
+                None => match form {
                     // A character outside of the alphabet stands for itself.
-                    let bytes: Vec<u8> = token.chars().flat_map(|c| decode(c, &byte_of)).collect();
-                    table.append(&bytes)
-                }
+                    ByteForm::Alphabet => {
+                        let bytes: Vec<u8> = token.chars().flat_map(|c| decode(c, &byte_of)).collect();
+                        table.append(&bytes)
+                    }
+                    ByteForm::Fallback { .. } => match fallback_byte(&token) {
+                        Some(byte) => table.append(&[byte]),
+                        None => table.append(token.replace(SPACE, " ").as_bytes()),
+                    },
+                },
             };
         }
         Ok(table)
@@ -213,27 +280,74 @@ fn decode(character: char, byte_of: &HashMap<char, u8>) -> Vec<u8> {
     }
 }
 
-/// Refuses tokenizers that do not write every byte as a character of its own.
-fn check_byte_level(tokenizer: &tokenizers::Tokenizer, path: &Path) -> Result<(), TextError> {
-    let decoder = match tokenizer.get_decoder() {
-        Some(DecoderWrapper::ByteLevel(_)) => None,
-        Some(DecoderWrapper::Sequence(_)) => Some("Sequence"),
-        Some(DecoderWrapper::Metaspace(_)) => Some("Metaspace"),
-        Some(DecoderWrapper::WordPiece(_)) => Some("WordPiece"),
-        Some(_) => Some("another decoder"),
-        None => Some("none"),
+/// Finds out how a tokenizer writes bytes, and refuses one that would lose some.
+fn byte_form(tokenizer: &tokenizers::Tokenizer, path: &Path) -> Result<ByteForm, TextError> {
+    let form = match tokenizer.get_decoder() {
+        Some(DecoderWrapper::ByteLevel(_)) => Ok(ByteForm::Alphabet),
+        Some(DecoderWrapper::Sequence(_)) => fallback_form(tokenizer).ok_or("Sequence"),
+        Some(DecoderWrapper::Metaspace(_)) => Err("Metaspace"),
+        Some(DecoderWrapper::WordPiece(_)) => Err("WordPiece"),
+        Some(_) => Err("another decoder"),
+        None => Err("none"),
     };
-    if let Some(decoder) = decoder {
-        return Err(TextError::Decoder { path: path.to_owned(), decoder });
-    }
-    let missing = byte_alphabet().into_iter().filter(|(character, _)| {
+    let form = form.map_err(|decoder| TextError::Decoder { path: path.to_owned(), decoder })?;
+    let has = |token: String| tokenizer.token_to_id(&token).is_some();
+    let missing = match form {
         // Without the bare character, text with this byte would lose it.
-        tokenizer.token_to_id(&character.to_string()).is_none()
-    });
-    match missing.map(|(_, byte)| byte).min() {
+        ByteForm::Alphabet => {
+            let missing = byte_alphabet().into_iter().filter(|(character, _)| !has(character.to_string()));
+            missing.map(|(_, byte)| byte).min()
+        }
+        ByteForm::Fallback { .. } => (0..=255u8).find(|byte| !has(format!("<0x{byte:02X}>"))),
+    };
+    match missing {
         Some(byte) => Err(TextError::Alphabet { path: path.to_owned(), byte }),
-        None => Ok(()),
+        None => Ok(form),
     }
+}
+
+/// Recognises the decoder of SentencePiece's form: U+2581 to spaces, byte tokens to bytes, all in one, and perhaps
+/// without the first space.
+fn fallback_form(tokenizer: &tokenizers::Tokenizer) -> Option<ByteForm> {
+    let ModelWrapper::BPE(bpe) = tokenizer.get_model() else { return None };
+    if !bpe.byte_fallback {
+        return None;
+    }
+    let decoder = serde_json::to_value(tokenizer.get_decoder()?).ok()?;
+    let usual = [
+        serde_json::json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "}),
+        serde_json::json!({"type": "ByteFallback"}),
+        serde_json::json!({"type": "Fuse"}),
+    ];
+    let strip = serde_json::json!({"type": "Strip", "content": " ", "start": 1, "stop": 0});
+    let (first, last) = decoder["decoders"].as_array()?.split_at_checked(usual.len())?;
+    match last {
+        _ if first != usual => None,
+        [] => Some(ByteForm::Fallback { strips_first_space: false }),
+        [only] if *only == strip => Some(ByteForm::Fallback { strips_first_space: true }),
+        _ => None,
+    }
+}
+
+/// Reads a token like `<0x0A>`.
+fn fallback_byte(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>').filter(|digits| digits.len() == 2)?;
+    u8::from_str_radix(digits, 16).ok()
+}
+
+fn structural(tokenizer: &tokenizers::Tokenizer) -> Vec<Structural> {
+    let added = tokenizer.get_added_tokens_decoder().into_iter();
+    let mut structural: Vec<Structural> = added
+        .filter(|(_, token)| token.special && !token.content.is_empty())
+        .map(|(id, token)| Structural {
+            id,
+            content: token.content,
+            takes_left: token.lstrip,
+            takes_right: token.rstrip,
+        })
+        .collect();
+    structural.sort_unstable_by_key(|token| token.id);
+    structural
 }
 
 /// Takes away the random choice that some tokenizers keep from their training.

@@ -18,6 +18,7 @@ fn asked(context_tokens: u32, sequences_max: u32) -> LoadPlan {
     LoadPlan {
         model_dir: "/models/20b".into(),
         device: DeviceChoice::Cuda(0),
+        may_use_processor: false,
         threads: 0,
         context_tokens,
         sequences_max,

@@ -1,5 +1,7 @@
 //! From the loose JSON of config.json to a `Config`: every check, one field at a time.
 
+mod rope;
+
 use std::collections::HashMap;
 use std::fmt;
 
@@ -7,24 +9,22 @@ use bulkhead_shared::limits::CONTEXT_TOKENS_MAX;
 use serde::Deserialize;
 
 use super::limits::{EOS_TOKENS_MAX, EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, LAYERS_MAX, VOCABULARY_MAX, WIDTH_MAX};
-use super::{Config, ConfigError, LayerKind, Quantization};
-use crate::model::rope::{Rope, Yarn};
+use super::{Architecture, Config, ConfigError, DenseConfig, ExpertsConfig, LayerKind, Mlp, Quantization};
 
 /// Constants of gpt-oss that config.json may leave out.
 const SWIGLU_LIMIT: f64 = 7.0;
 const SWIGLU_ALPHA: f64 = 1.702;
-const NORM_EPS: f64 = 1e-5;
 const SLIDING_WINDOW: u64 = 128;
-const ROPE_THETA: f64 = 150_000.0;
-const BETA_FAST: f64 = 32.0;
-const BETA_SLOW: f64 = 1.0;
 
-const MODEL_TYPE: &str = "gpt_oss";
+/// The context of a Llama whose config.json leaves it out. Units: tokens.
+const LLAMA_CONTEXT: u64 = 2048;
+
 const CONTEXT_MAX: usize = CONTEXT_TOKENS_MAX as usize;
 
 #[derive(Deserialize)]
 pub(super) struct RawConfig {
     model_type: Option<String>,
+    architectures: Option<Vec<String>>,
     vocab_size: Option<u64>,
     hidden_size: Option<u64>,
     intermediate_size: Option<u64>,
@@ -45,6 +45,7 @@ pub(super) struct RawConfig {
     swiglu_alpha: Option<f64>,
     hidden_act: Option<String>,
     attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
     tie_word_embeddings: Option<bool>,
     rope_theta: Option<f64>,
     /// Absent and null differ: absent would be transformers' default stretching, null is none.
@@ -69,6 +70,8 @@ struct RawRope {
     beta_slow: Option<f64>,
     original_max_position_embeddings: Option<u64>,
     truncate: Option<bool>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
     attention_factor: Option<f64>,
     #[serde(flatten)]
     others: HashMap<String, serde_json::Value>,
@@ -105,50 +108,64 @@ pub(super) struct Checker<'c> {
 impl Checker<'_> {
     pub(super) fn config(&self) -> Result<Config, ConfigError> {
         let raw = self.raw;
-        self.architecture()?;
+        let architecture = self.architecture()?;
+        let is_llama = architecture == Architecture::Llama;
         let hidden_size = self.count("hidden_size", raw.hidden_size, WIDTH_MAX)?;
-        let (heads, kv_heads, head_dim) = self.heads()?;
-        let (experts, experts_per_token) = self.experts()?;
+        let (heads, kv_heads, head_dim) = self.heads(architecture, hidden_size)?;
         let vocab_size = self.count("vocab_size", raw.vocab_size, VOCABULARY_MAX)?;
+        let context = raw.max_position_embeddings.or(is_llama.then_some(LLAMA_CONTEXT));
+        let norm_eps = if is_llama { 1e-6 } else { 1e-5 };
         Ok(Config {
+            architecture,
             vocab_size,
             hidden_size,
-            intermediate_size: self.count("intermediate_size", raw.intermediate_size, WIDTH_MAX)?,
-            layers: self.layers()?,
+            mlp: self.mlp(architecture)?,
+            layers: self.layers(architecture)?,
             heads,
             kv_heads,
             head_dim,
-            experts,
-            experts_per_token,
-            sliding_window: self.count("sliding_window", raw.sliding_window.or(Some(SLIDING_WINDOW)), CONTEXT_MAX)?,
-            context_tokens: self.count("max_position_embeddings", raw.max_position_embeddings, CONTEXT_MAX)?,
-            norm_eps: self.positive("rms_norm_eps", raw.rms_norm_eps.unwrap_or(NORM_EPS))? as f32,
-            swiglu_limit: self.positive("swiglu_limit", raw.swiglu_limit.unwrap_or(SWIGLU_LIMIT))? as f32,
-            swiglu_alpha: self.positive("swiglu_alpha", raw.swiglu_alpha.unwrap_or(SWIGLU_ALPHA))? as f32,
-            has_attention_bias: raw.attention_bias.unwrap_or(true),
+            context_tokens: self.count("max_position_embeddings", context, CONTEXT_MAX)?,
+            norm_eps: self.positive("rms_norm_eps", raw.rms_norm_eps.unwrap_or(norm_eps))? as f32,
+            has_attention_bias: raw.attention_bias.unwrap_or(!is_llama),
+            has_sinks: !is_llama,
             has_tied_embeddings: raw.tie_word_embeddings.unwrap_or(false),
-            rope: self.rope(head_dim)?,
+            rope: self.rope(architecture, head_dim)?,
             eos_tokens: self.eos_tokens(vocab_size)?,
             bos_token: raw.bos_token_id.map(|id| self.token("bos_token_id", id, vocab_size)).transpose()?,
             quantization: self.quantization()?,
         })
     }
 
-    fn architecture(&self) -> Result<(), ConfigError> {
+    fn architecture(&self) -> Result<Architecture, ConfigError> {
         let model_type = self.required("model_type", self.raw.model_type.as_deref())?;
-        if model_type != MODEL_TYPE {
-            return Err(self.not_supported("model_type", model_type, "gpt_oss"));
+        let known = Architecture::ALL.into_iter().find(|known| known.model_type() == model_type);
+        let architecture = known.ok_or_else(|| self.not_supported("model_type", model_type, "gpt_oss and llama"))?;
+        // Another head on the same body has other weights and gives no logits.
+        if let Some(classes) = self.raw.architectures.as_ref().filter(|classes| !classes.is_empty())
+            && !classes.iter().any(|class| class == architecture.class())
+        {
+            return Err(self.not_supported("architectures", &classes.join(", "), architecture.class()));
         }
         match self.raw.hidden_act.as_deref() {
-            None | Some("silu") => Ok(()),
+            None | Some("silu") => Ok(architecture),
             Some(other) => Err(self.not_supported("hidden_act", other, "silu")),
         }
     }
 
-    fn heads(&self) -> Result<(usize, usize, usize), ConfigError> {
+    /// Reads the heads of queries, those of keys and values, and their width. A Llama may leave out the latter two.
+    fn heads(&self, architecture: Architecture, hidden: usize) -> Result<(usize, usize, usize), ConfigError> {
+        let (mut kv_heads, mut head_dim) = (self.raw.num_key_value_heads, self.raw.head_dim);
         let heads = self.count("num_attention_heads", self.raw.num_attention_heads, HEADS_MAX)?;
-        let kv_heads = self.count("num_key_value_heads", self.raw.num_key_value_heads, HEADS_MAX)?;
-        let head_dim = self.count("head_dim", self.raw.head_dim, HEAD_DIM_MAX)?;
+        if architecture == Architecture::Llama {
+            if head_dim.is_none() && !hidden.is_multiple_of(heads) {
+                let expected = format!("a divisor of hidden_size, which is {hidden}, since head_dim is left out");
+                return Err(self.invalid("num_attention_heads", &heads, &expected));
+            }
+            kv_heads = kv_heads.or(Some(heads as u64));
+            head_dim = head_dim.or(Some((hidden / heads) as u64));
+        }
+        let kv_heads = self.count("num_key_value_heads", kv_heads, HEADS_MAX)?;
+        let head_dim = self.count("head_dim", head_dim, HEAD_DIM_MAX)?;
         if !heads.is_multiple_of(kv_heads) {
             let expected = format!("a divisor of num_attention_heads, which is {heads}");
             return Err(self.invalid("num_key_value_heads", &kv_heads, &expected));
@@ -159,94 +176,58 @@ impl Checker<'_> {
         Ok((heads, kv_heads, head_dim))
     }
 
-    fn experts(&self) -> Result<(usize, usize), ConfigError> {
+    fn mlp(&self, architecture: Architecture) -> Result<Mlp, ConfigError> {
+        let intermediate_size = self.count("intermediate_size", self.raw.intermediate_size, WIDTH_MAX)?;
+        match architecture {
+            Architecture::GptOss => Ok(Mlp::Experts(self.experts(intermediate_size)?)),
+            Architecture::Llama => {
+                Ok(Mlp::Dense(DenseConfig { intermediate_size, has_bias: self.raw.mlp_bias.unwrap_or(false) }))
+            }
+        }
+    }
+
+    fn experts(&self, intermediate_size: usize) -> Result<ExpertsConfig, ConfigError> {
         let raw = self.raw;
-        let experts = self.agreed(("num_local_experts", raw.num_local_experts), ("num_experts", raw.num_experts))?;
-        let experts = self.count("num_local_experts", experts, EXPERTS_MAX)?;
+        let count = self.agreed(("num_local_experts", raw.num_local_experts), ("num_experts", raw.num_experts))?;
+        let count = self.count("num_local_experts", count, EXPERTS_MAX)?;
         let used = self
             .agreed(("num_experts_per_tok", raw.num_experts_per_tok), ("experts_per_token", raw.experts_per_token))?;
         let used = self.count("num_experts_per_tok", used, EXPERTS_MAX)?;
-        if used > experts {
-            let expected = format!("at most num_local_experts, which is {experts}");
+        if used > count {
+            let expected = format!("at most num_local_experts, which is {count}");
             return Err(self.invalid("num_experts_per_tok", &used, &expected));
         }
-        Ok((experts, used))
+        Ok(ExpertsConfig {
+            count,
+            per_token: used,
+            intermediate_size,
+            swiglu_limit: self.positive("swiglu_limit", raw.swiglu_limit.unwrap_or(SWIGLU_LIMIT))? as f32,
+            swiglu_alpha: self.positive("swiglu_alpha", raw.swiglu_alpha.unwrap_or(SWIGLU_ALPHA))? as f32,
+        })
     }
 
-    fn layers(&self) -> Result<Vec<LayerKind>, ConfigError> {
+    fn layers(&self, architecture: Architecture) -> Result<Vec<LayerKind>, ConfigError> {
         let count = self.count("num_hidden_layers", self.raw.num_hidden_layers, LAYERS_MAX)?;
+        if architecture == Architecture::Llama {
+            // What a Llama's config says of windows is ignored by transformers too.
+            return Ok(vec![LayerKind::Full; count]);
+        }
+        let window = self.raw.sliding_window.or(Some(SLIDING_WINDOW));
+        let sliding = LayerKind::Sliding { window: self.count("sliding_window", window, CONTEXT_MAX)? };
         let Some(kinds) = &self.raw.layer_types else {
             // Published gpt-oss alternates, sliding first; early configs leave the list out.
-            return Ok((0..count).map(|i| [LayerKind::Sliding, LayerKind::Full][i % 2]).collect());
+            return Ok((0..count).map(|i| [sliding, LayerKind::Full][i % 2]).collect());
         };
         if kinds.len() != count {
             let found = format!("a list of {}", kinds.len());
             return Err(self.contradiction(("layer_types", &found), ("num_hidden_layers", &count)));
         }
         let kind = |name: &String| match name.as_str() {
-            "sliding_attention" => Ok(LayerKind::Sliding),
+            "sliding_attention" => Ok(sliding),
             "full_attention" => Ok(LayerKind::Full),
             other => Err(self.not_supported("layer_types", other, "sliding_attention and full_attention")),
         };
         kinds.iter().map(kind).collect()
-    }
-
-    fn rope(&self, head_dim: usize) -> Result<Rope, ConfigError> {
-        let raw = self.raw;
-        let scaling = match (&raw.rope_parameters, &raw.rope_scaling) {
-            (Some(parameters), None) => parameters,
-            (None, Some(scaling)) => scaling,
-            (None, None) => return Err(self.missing("rope_scaling")),
-            (Some(_), Some(_)) => {
-                return Err(self.contradiction(("rope_parameters", &"present"), ("rope_scaling", &"present")));
-            }
-        };
-        let inner_theta = scaling.as_ref().and_then(|rope| rope.rope_theta);
-        let theta = self.agreed(("rope_theta", raw.rope_theta), ("rope_parameters.rope_theta", inner_theta))?;
-        let theta = theta.unwrap_or(ROPE_THETA);
-        if !(theta.is_finite() && theta > 1.0) {
-            return Err(self.invalid("rope_theta", &theta, "a number above 1"));
-        }
-        let yarn = match scaling {
-            None => None,
-            Some(rope) => self.yarn(rope)?,
-        };
-        Ok(Rope { theta, head_dim, yarn })
-    }
-
-    fn yarn(&self, rope: &RawRope) -> Result<Option<Yarn>, ConfigError> {
-        let kind = rope.rope_type.as_deref().or(rope.old_type.as_deref());
-        match self.required("rope_type", kind)? {
-            "default" => return Ok(None),
-            "yarn" => {}
-            other => return Err(self.not_supported("rope_type", other, "yarn and default")),
-        }
-        let unknown = ["mscale", "mscale_all_dim", "partial_rotary_factor"];
-        if let Some(key) = unknown.into_iter().find(|key| rope.others.get(*key).is_some_and(|v| !v.is_null())) {
-            return Err(self.not_supported("the rope parameter", key, "gpt-oss's own"));
-        }
-        let factor = self.required("rope factor", rope.factor)?;
-        if !(factor.is_finite() && factor >= 1.0) {
-            return Err(self.invalid("rope factor", &factor, "a number of at least 1"));
-        }
-        let beta_fast = self.positive("beta_fast", rope.beta_fast.unwrap_or(BETA_FAST))?;
-        let beta_slow = self.positive("beta_slow", rope.beta_slow.unwrap_or(BETA_SLOW))?;
-        if beta_slow > beta_fast {
-            return Err(self.invalid("beta_slow", &beta_slow, &format!("at most beta_fast, which is {beta_fast}")));
-        }
-        let original = self.agreed(
-            ("original_max_position_embeddings", rope.original_max_position_embeddings),
-            ("initial_context_length", self.raw.initial_context_length),
-        )?;
-        let concentration = rope.attention_factor.map(|factor| self.positive("attention_factor", factor));
-        Ok(Some(Yarn {
-            factor,
-            beta_fast,
-            beta_slow,
-            original_context: self.count("original_max_position_embeddings", original, CONTEXT_MAX)?,
-            is_truncated: rope.truncate.unwrap_or(true),
-            concentration: concentration.transpose()?,
-        }))
     }
 
     fn eos_tokens(&self, vocab_size: usize) -> Result<Vec<u32>, ConfigError> {

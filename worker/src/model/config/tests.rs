@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::model::rope::Yarn;
+use crate::model::rope::{Llama3, Scaling, Yarn};
 
 fn published() -> Value {
     json!({
@@ -52,24 +52,24 @@ fn the_published_style_is_read_whole() {
         is_truncated: false,
         concentration: None,
     };
+    let sliding = LayerKind::Sliding { window: 16 };
+    let experts =
+        ExpertsConfig { count: 8, per_token: 4, intermediate_size: 128, swiglu_limit: 7.0, swiglu_alpha: 1.702 };
     let expected = Config {
+        architecture: Architecture::GptOss,
         vocab_size: 512,
         hidden_size: 64,
-        intermediate_size: 128,
-        layers: vec![LayerKind::Sliding, LayerKind::Full, LayerKind::Sliding],
+        mlp: Mlp::Experts(experts),
+        layers: vec![sliding, LayerKind::Full, sliding],
         heads: 8,
         kv_heads: 2,
         head_dim: 16,
-        experts: 8,
-        experts_per_token: 4,
-        sliding_window: 16,
         context_tokens: 131_072,
         norm_eps: 1e-5,
-        swiglu_limit: 7.0,
-        swiglu_alpha: 1.702,
         has_attention_bias: true,
+        has_sinks: true,
         has_tied_embeddings: false,
-        rope: Rope { theta: 150_000.0, head_dim: 16, yarn: Some(yarn) },
+        rope: Rope { theta: 150_000.0, head_dim: 16, scaling: Scaling::Yarn(yarn) },
         eos_tokens: vec![496, 500],
         bos_token: Some(494),
         quantization: None,
@@ -99,7 +99,90 @@ fn what_may_be_left_out_has_the_value_of_gpt_oss() {
     let edits: Vec<_> = edits.iter().map(|(pointer, value)| (pointer.as_str(), value.clone())).collect();
     assert_eq!(parse(&edited(&edits)).expect("valid"), parse(&published()).expect("valid"));
     let config = parse(&edited(&[("/layer_types", Value::Null), ("/sliding_window", Value::Null)])).expect("valid");
-    assert_eq!((config.layers[1], config.layers[2], config.sliding_window), (LayerKind::Full, LayerKind::Sliding, 128));
+    assert_eq!(config.layers[1..], [LayerKind::Full, LayerKind::Sliding { window: 128 }]);
+}
+
+fn llama() -> Value {
+    json!({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 512,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "eos_token_id": [500, 503], "bos_token_id": 499, "tie_word_embeddings": true,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    })
+}
+
+#[test]
+fn a_llama_is_read_whole() {
+    let llama3 = Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 64 };
+    let expected = Config {
+        architecture: Architecture::Llama,
+        vocab_size: 512,
+        hidden_size: 64,
+        mlp: Mlp::Dense(DenseConfig { intermediate_size: 128, has_bias: false }),
+        layers: vec![LayerKind::Full; 2],
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        context_tokens: 1024,
+        norm_eps: 1e-5,
+        has_attention_bias: false,
+        has_sinks: false,
+        has_tied_embeddings: true,
+        rope: Rope { theta: 500_000.0, head_dim: 16, scaling: Scaling::Llama3(llama3) },
+        eos_tokens: vec![500, 503],
+        bos_token: Some(499),
+        quantization: None,
+    };
+    assert_eq!(parse(&llama()).expect("valid"), expected);
+    assert_eq!((expected.window(0), expected.experts()), (None, None));
+}
+
+#[test]
+fn what_a_llama_may_leave_out_has_the_value_of_transformers() {
+    let mut config = llama();
+    let fields = config.as_object_mut().expect("an object");
+    for key in ["rope_theta", "rope_scaling", "rms_norm_eps", "num_key_value_heads", "tie_word_embeddings"] {
+        fields.remove(key);
+    }
+    fields.remove("max_position_embeddings");
+    fields.remove("architectures");
+    fields.insert("mlp_bias".to_owned(), json!(true));
+    fields.insert("attention_bias".to_owned(), json!(true));
+    let config = parse(&config).expect("valid");
+    assert_eq!(config.rope, Rope { theta: 10_000.0, head_dim: 16, scaling: Scaling::None });
+    assert_eq!((config.norm_eps, config.kv_heads, config.context_tokens), (1e-6, 4, 2048));
+    assert_eq!(config.mlp, Mlp::Dense(DenseConfig { intermediate_size: 128, has_bias: true }));
+    assert!(config.has_attention_bias && !config.has_tied_embeddings);
+}
+
+#[test]
+fn a_llama_that_cannot_be_is_refused_by_name() {
+    let table = [
+        ("/num_attention_heads", json!(5), "num_attention_heads is 5, expected a divisor of hidden_size"),
+        ("/num_attention_heads", json!(0), "num_attention_heads is 0"),
+        ("/num_key_value_heads", json!(3), "num_key_value_heads is 3, expected a divisor"),
+        ("/head_dim", json!(15), "head_dim is 15, expected an even number"),
+        ("/architectures", json!(["LlamaForSequenceClassification"]), "is not supported, only LlamaForCausalLM"),
+        ("/intermediate_size", json!(0), "intermediate_size is 0"),
+        ("/rope_scaling/factor", json!(1e300), "rope factor is 1"),
+        ("/rope_scaling/low_freq_factor", json!(-1.0), "low_freq_factor is -1, expected a finite number above 0"),
+        ("/rope_scaling/high_freq_factor", json!(1.0), "high_freq_factor is 1, expected above low_freq_factor"),
+        ("/rope_scaling/original_max_position_embeddings", json!(0), "original_max_position_embeddings is 0"),
+        ("/rope_scaling/partial_rotary_factor", json!(0.5), r#"parameter "partial_rotary_factor" is not supported"#),
+        ("/rope_scaling/rope_type", json!("linear"), r#"rope_type "linear" is not supported"#),
+    ];
+    for (pointer, value, words) in table {
+        let mut config = llama();
+        let (parent, key) = pointer.rsplit_once('/').expect("a pointer");
+        let parent = config.pointer_mut(parent).and_then(Value::as_object_mut).expect("an object");
+        parent.insert(key.to_owned(), value);
+        let error = parse(&config).expect_err(pointer).to_string();
+        assert!(error.starts_with("config.json: ") && error.contains(words), "{pointer}: {error}");
+    }
 }
 
 #[test]
@@ -107,7 +190,7 @@ fn rope_can_be_plain() {
     for scaling in [r#"null"#, r#"{"rope_type":"default"}"#] {
         let text = edited(&[("/rope_scaling", json!("HERE"))]).to_string().replace(r#""HERE""#, scaling);
         let config = Config::parse(text.as_bytes(), "config.json").expect("valid");
-        assert_eq!(config.rope.yarn, None, "{scaling}");
+        assert_eq!(config.rope.scaling, Scaling::None, "{scaling}");
     }
 }
 
@@ -128,7 +211,12 @@ fn quantisation_claims_are_read() {
 #[test]
 fn absurd_or_contradicting_values_are_refused_by_name() {
     let table = [
-        ("/model_type", json!("llama"), r#"model_type "llama" is not supported, only gpt_oss"#),
+        ("/model_type", json!("qwen3"), r#"model_type "qwen3" is not supported, only gpt_oss and llama"#),
+        (
+            "/architectures",
+            json!(["GptOssForSequenceClassification"]),
+            r#""GptOssForSequenceClassification" is not supported, only GptOssForCausalLM"#,
+        ),
         ("/model_type", Value::Null, "model_type is missing"),
         ("/hidden_act", json!("gelu"), r#"hidden_act "gelu" is not supported"#),
         ("/vocab_size", json!(0), "vocab_size is 0, expected 1 to"),
@@ -157,11 +245,16 @@ fn absurd_or_contradicting_values_are_refused_by_name() {
         ("/swiglu_limit", json!(1e300), "swiglu_limit is 1"),
         ("/rope_theta", json!(1.0), "rope_theta is 1, expected a number above 1"),
         ("/rope_scaling", Value::Null, "rope_scaling is missing"),
-        ("/rope_scaling/rope_type", json!("llama3"), r#"rope_type "llama3" is not supported"#),
+        (
+            "/rope_scaling/rope_type",
+            json!("dynamic"),
+            r#"rope_type "dynamic" is not supported, only default, yarn and"#,
+        ),
+        ("/rope_scaling/rope_type", json!("llama3"), "low_freq_factor is missing"),
         ("/rope_scaling/rope_type", Value::Null, "rope_type is missing"),
         ("/rope_scaling/mscale", json!(1.0), r#"the rope parameter "mscale" is not supported"#),
         ("/rope_scaling/factor", Value::Null, "rope factor is missing"),
-        ("/rope_scaling/factor", json!(0.5), "rope factor is 0.5, expected a number of at least 1"),
+        ("/rope_scaling/factor", json!(0.5), "rope factor is 0.5, expected a finite number of at least 1"),
         ("/rope_scaling/beta_slow", json!(64.0), "beta_slow is 64, expected at most beta_fast, which is 32"),
         ("/rope_scaling/rope_theta", json!(1e4), "rope_theta is 150000 but rope_parameters.rope_theta is 10000"),
         (

@@ -7,7 +7,6 @@
 //! Source: openai-harmony 0.0.8.
 
 mod header;
-mod json;
 pub mod parse;
 pub mod render;
 mod schema;

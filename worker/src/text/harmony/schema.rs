@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use bulkhead_shared::limits::{TOOL_SCHEMA_BYTES_MAX, TOOL_SCHEMA_DEPTH_MAX};
 
 use crate::text::error::TextError;
-use crate::text::harmony::json::Json;
+use crate::text::json::Json;
 
 const ANY: &str = "any";
 

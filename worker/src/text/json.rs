@@ -9,7 +9,7 @@ use serde_json::Number;
 
 /// A JSON value.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Json {
+pub(crate) enum Json {
     Null,
     Bool(bool),
     Number(Number),
@@ -21,13 +21,13 @@ pub(super) enum Json {
 
 impl Json {
     /// Finds the value of a key; `None` for anything but an object.
-    pub(super) fn get(&self, key: &str) -> Option<&Json> {
+    pub(crate) fn get(&self, key: &str) -> Option<&Json> {
         let Json::Object(entries) = self else { return None };
         entries.iter().find(|(name, _)| name == key).map(|(_, value)| value)
     }
 
     /// Finds the text under a key.
-    pub(super) fn get_str(&self, key: &str) -> Option<&str> {
+    pub(crate) fn get_str(&self, key: &str) -> Option<&str> {
         match self.get(key) {
             Some(Json::String(text)) => Some(text),
             _ => None,
@@ -35,7 +35,7 @@ impl Json {
     }
 
     /// Finds the list under a key.
-    pub(super) fn get_array(&self, key: &str) -> Option<&[Json]> {
+    pub(crate) fn get_array(&self, key: &str) -> Option<&[Json]> {
         match self.get(key) {
             Some(Json::Array(items)) => Some(items),
             _ => None,
@@ -43,7 +43,7 @@ impl Json {
     }
 
     /// Gives the word for the type of the value.
-    pub(super) fn type_name(&self) -> &'static str {
+    pub(crate) fn type_name(&self) -> &'static str {
         match self {
             Json::Null => "null",
             Json::Bool(_) => "a boolean",

@@ -1,0 +1,50 @@
+//! The network that follows the attention in a dense model: `down(silu(gate(x)) * up(x))`.
+//!
+//! silu(z) = z / (1 + exp(-z)). Source: Shazeer 2020, "GLU Variants Improve Transformer"; Llama, `modeling_llama.py` of
+//! transformers.
+
+use super::weights::DenseWeights;
+use crate::quant::cpu::Cpu;
+
+/// The network of one layer.
+#[derive(Debug)]
+pub struct DenseMlp<'a> {
+    /// Where to compute.
+    pub cpu: &'a Cpu,
+    /// The matrices.
+    pub weights: &'a DenseWeights,
+}
+
+impl DenseMlp<'_> {
+    /// Runs the network for a batch.
+    ///
+    /// Shapes: x, out: [batch, hidden].
+    pub fn run(&self, x: &[f32], out: &mut [f32]) {
+        let (gate, up) = (&self.weights.gate, &self.weights.up);
+        let tokens = x.len() / gate.weight.cols();
+        let mut inner = vec![0.0; tokens * gate.weight.rows()];
+        let mut upper = vec![0.0; inner.len()];
+        gate.apply(self.cpu, x, &mut inner);
+        up.apply(self.cpu, x, &mut upper);
+        inner.iter_mut().zip(&upper).for_each(|(gate, up)| *gate = silu(*gate) * up);
+        self.weights.down.apply(self.cpu, &inner, out);
+    }
+}
+
+fn silu(z: f32) -> f32 {
+    z / (1.0 + (-z).exp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::silu;
+
+    #[test]
+    fn the_gate_closes_and_opens_without_overflow() {
+        assert_eq!(silu(0.0), 0.0);
+        assert_eq!(silu(-1000.0).abs(), 0.0);
+        assert_eq!(silu(1000.0), 1000.0);
+        assert!((silu(1.0) - 0.731_058_6).abs() < 1e-6);
+        assert!(silu(f32::NAN).is_nan());
+    }
+}
