@@ -19,7 +19,7 @@ FOLDERS = {
     "tests/fixtures/configs": "configs",
     "tests/gpu": "tests/gpu",
     **{f"tests/fixtures/oracle/models/{name}": f"oracle/{name}"
-       for name in ("gptoss_basic", "gptoss_long", "gptoss_mxfp4", "gptoss_window_edges")},
+       for name in ("gptoss_basic", "gptoss_long", "gptoss_mxfp4", "gptoss_window_edges", "llama_tied", "llama3_untied_sharded")},
 }
 
 

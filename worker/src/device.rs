@@ -41,11 +41,6 @@ pub enum DeviceError {
     /// There is no driver, no such card, or the card or its driver is none that this worker supports.
     #[error("{0}")]
     Unusable(String),
-    /// The kernels for cards do not compute this architecture.
-    #[error(
-        "{0} is computed on the processor only, not on cards yet: set device to cpu, or to auto, which falls back to it"
-    )]
-    Architecture(&'static str),
     /// The device has no room for a buffer. The device itself is fine.
     #[error("the device has no room for {wanted} of {what}: {free} are free")]
     OutOfMemory {
@@ -83,7 +78,7 @@ impl DeviceError {
     #[must_use]
     pub fn exit(&self) -> WorkerExit {
         match self {
-            DeviceError::Unusable(_) | DeviceError::Architecture(_) => WorkerExit::BadConfig,
+            DeviceError::Unusable(_) => WorkerExit::BadConfig,
             DeviceError::OutOfMemory { .. } => WorkerExit::OutOfDeviceMemory,
             DeviceError::Poisoned { .. } => WorkerExit::DriverPoisoned,
             DeviceError::Lost { .. } => WorkerExit::DeviceLost,

@@ -56,6 +56,16 @@ pub enum LoadError {
 }
 
 impl LoadError {
+    /// Says whether another device might do: the card, or its memory, does not suit the model.
+    fn is_for_want_of_a_card(&self) -> bool {
+        matches!(
+            self,
+            LoadError::NoSuchDevice(_)
+                | LoadError::Device(DeviceError::Unusable(_))
+                | LoadError::Plan(PlanError::CardTooSmall { .. } | PlanError::HostTooSmall { .. })
+        )
+    }
+
     /// Gives the exit code by which the supervisor tells the cause.
     #[must_use]
     pub fn exit(&self) -> WorkerExit {
@@ -122,7 +132,7 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
 
 /// Plans the memory of the plan's device and brings the weights there.
 ///
-/// An architecture that cards do not compute goes to the processor where the plan allows it, and the facts say so.
+/// A model that the card cannot take goes to the processor where the plan allows it, and the facts say so.
 ///
 /// # Errors
 /// `Plan`, `NoSuchDevice` and `Device`.
@@ -133,23 +143,24 @@ pub fn place(
     plan: &LoadPlan,
     progress: &mut Progress<'_>,
 ) -> Result<(Backend, Loaded), LoadError> {
-    match (plan.device, config.architecture) {
-        (DeviceChoice::Cpu, _) => on_processor(config, weights, cpu, plan),
-        (DeviceChoice::Cuda(index), Architecture::GptOss) => on_card(index, (config, weights, cpu), plan, progress),
-        (DeviceChoice::Cuda(_), Architecture::Llama) => {
-            let class = config.architecture.class();
-            if !plan.may_use_processor {
-                return Err(DeviceError::Architecture(class).into());
-            }
-            // The type of keys and values was chosen for the card.
-            let plan = LoadPlan { device: DeviceChoice::Cpu, kv_type: KvType::Bf16, ..plan.clone() };
-            let (backend, mut loaded) = on_processor(config, weights, cpu, &plan)?;
-            let reason = format!("the card: {class} is computed on the processor only");
-            loaded.facts.given_up.insert(0, reason.clone());
-            loaded.given_up.insert(0, reason);
-            Ok((backend, loaded))
-        }
+    let index = match plan.device {
+        DeviceChoice::Cpu => return on_processor(config, weights, cpu, plan),
+        DeviceChoice::Cuda(index) => index,
+    };
+    if !plan.may_use_processor {
+        return on_card(index, (config, weights, cpu), plan, progress);
     }
+    let reason = match on_card(index, (config.clone(), weights.clone(), cpu), plan, progress) {
+        Err(error) if error.is_for_want_of_a_card() => error.to_string(),
+        placed => return placed,
+    };
+    // The type of keys and values was chosen for the card.
+    let plan = LoadPlan { device: DeviceChoice::Cpu, kv_type: KvType::Bf16, ..plan.clone() };
+    let cpu = Cpu::start(plan.threads as usize).map_err(LoadError::Thread)?;
+    let (backend, mut loaded) = on_processor(config, weights, cpu, &plan)?;
+    loaded.facts.given_up.insert(0, format!("the card: {reason}"));
+    loaded.given_up.insert(0, format!("the card: {reason}"));
+    Ok((backend, loaded))
 }
 
 fn on_processor(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> Result<(Backend, Loaded), LoadError> {

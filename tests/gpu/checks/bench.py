@@ -27,6 +27,7 @@ POINTS = (
     (8, 32768, 512, "72GiB"),
     (32, 32768, 512, "72GiB"),
 )
+LLAMA_POINTS = ((1, 0, 512), (1, 8192, 8192), (32, 0, 512))
 POINTS_QUICK = POINTS[:3]
 POINT_S = 75
 PLAN_S = 60
@@ -91,9 +92,27 @@ def _point(batch, depth, prompt, device_memory):
     return check
 
 
+def _llama(batch, depth, prompt):
+    """Llama-3.2-1B's shape, of which each prompt's token takes 1.95 GFLOP in the products of its layers."""
+    def check(context):
+        context.need_cuda()
+        if "llama" not in context.background:
+            start_synthesis(context, "llama", "llama-3.2-1b.json")
+        model = wait_for_synthesis(context, "llama")[0]
+        command = [context.worker(), "bench", "--model", model, "--batch", batch, "--depth", depth, "--prompt", prompt,
+                   "--repetitions", REPETITIONS, "--json", *context.device_flags()]
+        report = json.loads(run(command, POINT_S))
+        context.data[f"bench.llama_b{batch}_d{depth}_p{prompt}"] = report
+        prefill, decode = (report[f"{what}_tokens_per_second"]["median"] for what in ("prefill", "decode"))
+        return f"prefill {prefill:.0f}/s, decode {decode:.1f}/s, {report.get('share_of_bandwidth') or 0:.0%} of bandwidth"
+    return check
+
+
 def _name(batch, depth, prompt, device_memory):
     return f"bench.b{batch}_d{depth}_p{prompt}" + (f"_{device_memory}" if device_memory else "")
 
 
 CASES = [("bench.synthesis", SYNTHESIS_S, synthesis), ("bench.plan", PLAN_S + 10, plan)]
+CASES += [(f"bench.llama_b{batch}_d{depth}_p{prompt}", POINT_S, _llama(batch, depth, prompt))
+          for batch, depth, prompt in LLAMA_POINTS]
 CASES += [(_name(*point), POINT_S + 5, _point(*point)) for point in POINTS]

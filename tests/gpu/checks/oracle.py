@@ -15,7 +15,7 @@ import struct
 
 from .context import Failed, read_json, run
 
-MODELS = ("gptoss_basic", "gptoss_long", "gptoss_mxfp4", "gptoss_window_edges")
+MODELS = ("gptoss_basic", "gptoss_long", "gptoss_mxfp4", "gptoss_window_edges", "llama_tied", "llama3_untied_sharded")
 BF16_SHARE_MAX = 2.0
 # Weights in NF4 are rounded to bf16 on a card: worker/kernels/README.md.
 NF4_ERROR = 2.5e-3

@@ -49,6 +49,7 @@ pub struct Kernels {
     forms: HashMap<Form, FormKernels>,
     embed: Kernel,
     add_norm: Kernel,
+    silu_gate: Kernel,
     norm_route: Kernel,
     router: Kernel,
     choose_experts: Kernel,
@@ -206,6 +207,7 @@ impl Kernels {
             forms: forms.collect::<Result<_, DeviceError>>()?,
             embed: norm.kernel("embed", 5)?,
             add_norm: norm.kernel("add_norm", 10)?,
+            silu_gate: norm.kernel("silu_gate", 3)?,
             norm_route: route.kernel("norm_route", 19)?,
             router: moe_many.kernel("moe_router_many", 7)?,
             choose_experts: moe_many.kernel("moe_choose_many", 6)?,
@@ -279,6 +281,17 @@ impl Kernels {
         // Sums depend on the number of threads, which follows from the width alone.
         let threads = norm.hidden.div_ceil(4).next_multiple_of(32).min(768);
         self.put(&self.add_norm, [count, 1, 1], (threads, 0), &arguments)
+    }
+
+    /// Gates a dense layer: `silu(gate) * up`.
+    ///
+    /// Shapes: gate_up: [rows, 2, inner] f32, out: [rows, inner] bf16.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn silu_gate(&self, gate_up: u64, inner: u32, out: u64, rows: u32) -> Result<(), DeviceError> {
+        let arguments = [Address(gate_up), Number(inner), Address(out)];
+        self.put(&self.silu_gate, [inner.div_ceil(1024), rows, 1], (256, 0), &arguments)
     }
 
     /// Rotates queries and keys in place and writes keys and values to the cache.

@@ -116,7 +116,7 @@ pub fn load(
     plan: &LoadPlan,
     progress: &mut Progress<'_>,
 ) -> Result<(Backend, Loaded), LoadError> {
-    let sizes = sizes_of_loaded(&weights);
+    let sizes = sizes_of_loaded(&weights, config.heads);
     let limits = CardLimits {
         budget: device_budget(plan.device_budget, card.facts().memory),
         host_available: available_memory().unwrap_or(AVAILABLE_DEFAULT),
@@ -146,20 +146,18 @@ impl Clock {
 }
 
 /// Sizes the parts of a model as the card will hold them.
-fn sizes_of_loaded(weights: &Weights) -> WeightSizes {
+fn sizes_of_loaded(weights: &Weights, heads: usize) -> WeightSizes {
     let linear = |linear: &crate::model::weights::Linear| {
         linear.weight.stored_bytes() as u64 + linear.bias.as_deref().map_or(0, size_of_val) as u64
     };
     let layers = weights.layers.iter().map(|layer| {
         let attention = &layer.attention;
-        let router = layer.mlp.experts().map(|mixture| &mixture.router);
-        let linears = [&attention.q, &attention.k, &attention.v, &attention.o].into_iter().chain(router);
-        let floats = layer.attention_norm.len() + layer.mlp_norm.len() + attention.sinks.len();
-        let experts = layer.mlp.experts().into_iter().flat_map(|mixture| &mixture.experts);
-        let experts = experts.flat_map(|expert| [&expert.gate_up, &expert.down]);
+        let router = layer.mlp.experts().map_or(0, |mixture| linear(&mixture.router));
+        let projections: u64 = [&attention.q, &attention.k, &attention.v, &attention.o].into_iter().map(linear).sum();
+        let floats = layer.attention_norm.len() + layer.mlp_norm.len() + heads;
         LayerSizes {
-            attention: linears.map(linear).sum::<u64>() + 4 * floats as u64,
-            experts: experts.map(linear).sum(),
+            attention: projections + router + 4 * floats as u64,
+            mlp: layer.mlp.linears().map(linear).sum::<u64>() - router,
         }
     });
     let same_bytes = |a: &Matrix, b: &Matrix| match (a, b) {
@@ -185,7 +183,7 @@ impl CardModel {
     ) -> Result<CardModel, DeviceError> {
         let is_tied = planned.is_embedding_on_card && config.has_tied_embeddings;
         let places = Places {
-            host_experts: planned.host_layers[..config.layers.len() - planned.whole_layers].to_vec(),
+            host_mlps: planned.host_layers[..config.layers.len() - planned.whole_layers].to_vec(),
             is_embedding_on_card: planned.is_embedding_on_card && !is_tied,
         };
         let layout = Planned::new(&config, &weights, &places)?;
@@ -283,10 +281,11 @@ impl CardModel {
     pub fn describe(&self) -> String {
         let facts = self.card.facts();
         let cpu = self.host.cpu().describe();
+        let what = if self.config.experts().is_some() { "experts" } else { "dense networks" };
         let rest = match self.host.counts() {
             (0, 0) => String::new(),
-            (experts, 0) => format!(", experts of {experts} layers on the {cpu}"),
-            (experts, layers) => format!(", experts of {experts} layers and {layers} whole layers on the {cpu}"),
+            (parts, 0) => format!(", {what} of {parts} layers on the {cpu}"),
+            (parts, layers) => format!(", {what} of {parts} layers and {layers} whole layers on the {cpu}"),
         };
         format!("cuda:{} ({}{rest})", facts.index, facts.name)
     }

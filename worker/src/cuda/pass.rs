@@ -1,7 +1,7 @@
 //! The computation of a step's tokens of one role, from ids to outcomes.
 //!
 //! Owns: the order of kernels, and the recorded graphs of generated tokens. A pass is one run of kernels where everything is
-//! on the card, and else a run up to each layer whose experts the host computes, and up to the layers that are the host's
+//! on the card, and else a run up to each layer of which the host computes a part, and up to the layers that are the host's
 //! altogether. Invariant: whatever a pass reads of the
 //! host was written before its first kernel, and is left alone until the card is done.
 
@@ -15,7 +15,7 @@ use super::CardModel;
 use super::driver::Graph;
 use super::kernels::{AddNorm, Attention, Cache, Change, Choice, GeneratedRoute, Groups, Heads};
 use super::tables::Inputs;
-use super::weights::{CardLayer, Experts, Product};
+use super::weights::{CardLayer, CardMlp, Dense, Experts, Product};
 use crate::device::DeviceError;
 use crate::engine::pager::{Kind, Span};
 use crate::memory::scratch::cuts_of;
@@ -56,7 +56,7 @@ struct Shape {
 /// Where a run of kernels ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
-    /// Before the experts of a layer that the host has, or, at the number of the card's layers, before those that are the
+    /// Before what follows the attention of a layer, where the host has that, or, at the number of the card's layers, before those that are the
     /// host's altogether.
     Host(usize),
     /// Behind the last layer.
@@ -206,11 +206,17 @@ impl CardModel {
             let normal = AddNorm { out_f32: 0, ..self.norm(x, layer.attention_norm) };
             self.kernels.add_norm(&normal, &self.change_before(index), shape.rows)?;
             self.attention(shape, index, layer)?;
-            match (&layer.experts, shape.role) {
-                (Some(experts), Role::Generated) => self.generated_mixture(shape, index, (layer, experts))?,
-                (Some(experts), Role::Prompt) => {
+            match (&layer.mlp, shape.role) {
+                (Some(CardMlp::Experts(experts)), Role::Generated) => {
+                    self.generated_mixture(shape, index, (layer, experts))?;
+                }
+                (Some(CardMlp::Experts(experts)), Role::Prompt) => {
                     self.add_attention(shape, x, layer)?;
                     self.prompt_mixture(shape, index, experts)?;
+                }
+                (Some(CardMlp::Dense(dense)), _) => {
+                    self.add_attention(shape, x, layer)?;
+                    self.dense(shape, dense)?;
                 }
                 (None, _) => {
                     self.add_attention(shape, x, layer)?;
@@ -249,10 +255,10 @@ impl CardModel {
     fn change_before(&self, layer: usize) -> Change {
         match layer.checked_sub(1).map(|before| &self.weights.layers[before]) {
             None => Change { parts: 0, count: 0, weights: 0 },
-            Some(CardLayer { experts: None, .. }) => {
+            Some(CardLayer { mlp: None | Some(CardMlp::Dense(_)), .. }) => {
                 Change { parts: self.at(self.scratch.change), count: 1, weights: 0 }
             }
-            Some(CardLayer { experts: Some(experts), .. }) => Change {
+            Some(CardLayer { mlp: Some(CardMlp::Experts(experts)), .. }) => Change {
                 parts: self.at(self.scratch.results),
                 count: experts.used,
                 weights: self.at(self.scratch.expert_weights),
@@ -268,7 +274,10 @@ impl CardModel {
     fn residual_place(&self, role: Role, layer: usize) -> u64 {
         let moves = match role {
             Role::Prompt => 0,
-            Role::Generated => self.weights.layers[..layer].iter().filter(|layer| layer.experts.is_some()).count(),
+            Role::Generated => {
+                let is_routed = |layer: &&CardLayer| matches!(layer.mlp, Some(CardMlp::Experts(_)));
+                self.weights.layers[..layer].iter().filter(is_routed).count()
+            }
         };
         self.scratch.x[moves % 2]
     }
@@ -395,6 +404,14 @@ impl CardModel {
         self.kernels.experts_many(experts, &groups, self.expert_places(), shape.rows)
     }
 
+    /// Shapes: from the normalised stream [rows, hidden] to the layer's change.
+    fn dense(&self, shape: Shape, dense: &Dense) -> Result<(), DeviceError> {
+        let (gate_up, inner) = (self.at(self.scratch.gate_up), self.at(self.scratch.inner));
+        self.product(shape.role, &dense.gate_up, self.at(self.scratch.normal), gate_up, shape.rows)?;
+        self.kernels.silu_gate(gate_up, dense.gate_up.rows / 2, inner, shape.rows)?;
+        self.product(shape.role, &dense.down, inner, self.at(self.scratch.change), shape.rows)
+    }
+
     /// Puts the output matrix and the choice on the stream, and the copy of what was chosen.
     fn head(&self, shape: Shape) -> Result<(), DeviceError> {
         if shape.outputs == 0 {
@@ -436,11 +453,15 @@ impl CardModel {
         let mut groups = vec![0u32; self.weights.layers.len()];
         self.results.chosen.read(self.step_tokens.generated as usize * 8, &mut groups);
         let of_layer = |(layer, groups): (&CardLayer, &u32)| {
-            let experts = layer.experts.as_ref().map_or(0, |experts| {
-                let each = (experts.gate_up.bytes + experts.down.bytes) / u64::from(experts.count);
-                experts.router_bytes + each * u64::from(*groups)
-            });
-            layer.qkv.bytes + layer.o.bytes + experts
+            let mlp = match &layer.mlp {
+                Some(CardMlp::Experts(experts)) => {
+                    let each = (experts.gate_up.bytes + experts.down.bytes) / u64::from(experts.count);
+                    experts.router_bytes + each * u64::from(*groups)
+                }
+                Some(CardMlp::Dense(dense)) => dense.gate_up.bytes + dense.down.bytes,
+                None => 0,
+            };
+            layer.qkv.bytes + layer.o.bytes + mlp
         };
         let layers: u64 = self.weights.layers.iter().zip(&groups).map(of_layer).sum();
         self.weight_bytes_read += layers + if shape.outputs > 0 { self.weights.lm_head.bytes } else { 0 };

@@ -12,7 +12,7 @@ use super::transfer::Memory;
 use super::upload::{Source, upload};
 use crate::device::DeviceError;
 use crate::model::config::Config;
-use crate::model::weights::{LayerWeights, Linear, Weights};
+use crate::model::weights::{DenseWeights, LayerWeights, Linear, MixtureWeights, MlpWeights, Weights};
 use crate::quant::nf4::{BLOCK_SIZE, NESTED_GROUP};
 use crate::quant::{FloatType, Matrix, Scales};
 
@@ -24,6 +24,9 @@ const COLUMNS_STEP: usize = 64;
 
 /// Bytes of a matrix's descriptor: `Matrix` of worker/kernels/formats.cuh.
 const DESCRIPTOR_BYTES: usize = 48;
+
+/// The sink of a head that has none. Finite, for the kernels take differences of it.
+const NO_SINK: f32 = -1e30;
 
 /// How a matrix is stored on the card.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -127,6 +130,24 @@ pub struct Experts {
     pub router_bytes: u64,
 }
 
+/// A dense network.
+#[derive(Clone, Debug)]
+pub struct Dense {
+    /// The gate's matrix and the one that it gates, side by side.
+    pub gate_up: Product,
+    /// The matrix that leads back.
+    pub down: Product,
+}
+
+/// What follows the attention of a layer.
+#[derive(Clone, Debug)]
+pub enum CardMlp {
+    /// A mixture.
+    Experts(Experts),
+    /// A dense network.
+    Dense(Dense),
+}
+
 /// One layer. Addresses.
 #[derive(Clone, Debug)]
 pub struct CardLayer {
@@ -140,8 +161,8 @@ pub struct CardLayer {
     pub o: Product,
     /// [hidden] f32.
     pub mlp_norm: u64,
-    /// The mixture; `None` where the host computes it.
-    pub experts: Option<Experts>,
+    /// What follows; `None` where the host computes it.
+    pub mlp: Option<CardMlp>,
 }
 
 /// All weights of a card.
@@ -196,8 +217,8 @@ pub struct Planned {
 /// Which parts of a model lie on the card.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Places {
-    /// For each layer, whether the host computes its experts.
-    pub host_experts: Vec<bool>,
+    /// For each layer of the card, whether the host computes what follows its attention.
+    pub host_mlps: Vec<bool>,
     /// Whether the embedding lies on the card.
     pub is_embedding_on_card: bool,
 }
@@ -210,7 +231,7 @@ impl Planned {
     pub fn new(config: &Config, weights: &Weights, places: &Places) -> Result<Planned, DeviceError> {
         let mut layout = Layout::default();
         let layer = |(layer, on_host): (&LayerWeights, &bool)| layout.layer(config, layer, *on_host);
-        let layers = weights.layers.iter().zip(&places.host_experts).map(layer).collect::<Result<_, _>>()?;
+        let layers = weights.layers.iter().zip(&places.host_mlps).map(layer).collect::<Result<_, _>>()?;
         let final_norm = layout.floats(&weights.final_norm);
         let lm_head = layout.side_by_side(&[(&weights.lm_head, None)], "the output matrix")?;
         let embedding = places.is_embedding_on_card.then(|| layout.bf16(&weights.embedding));
@@ -261,11 +282,18 @@ impl CardLayer {
         }
         self.qkv.rebase(base, matrices);
         self.o.rebase(base, matrices);
-        if let Some(experts) = &mut self.experts {
-            experts.router += base;
-            experts.router_bias += base;
-            experts.gate_up.rebase(base, matrices);
-            experts.down.rebase(base, matrices);
+        match &mut self.mlp {
+            Some(CardMlp::Experts(experts)) => {
+                experts.router += base;
+                experts.router_bias += base;
+                experts.gate_up.rebase(base, matrices);
+                experts.down.rebase(base, matrices);
+            }
+            Some(CardMlp::Dense(dense)) => {
+                dense.gate_up.rebase(base, matrices);
+                dense.down.rebase(base, matrices);
+            }
+            None => {}
         }
     }
 }
@@ -328,25 +356,38 @@ impl Layout {
         let linear = |linear: &'_ Linear| (linear.weight.clone(), linear.bias.clone());
         let qkv = [&attention.q, &attention.k, &attention.v].map(linear);
         let qkv: Vec<_> = qkv.iter().map(|(weight, bias)| (weight, bias.as_deref())).collect();
-        let experts = match on_host {
-            true => None,
-            false => Some(self.experts(config, layer)?),
+        let mlp = match &layer.mlp {
+            _ if on_host => None,
+            MlpWeights::Experts(mixture) => Some(CardMlp::Experts(self.experts(config, mixture)?)),
+            MlpWeights::Dense(dense) => Some(CardMlp::Dense(self.dense(dense)?)),
         };
+        // A head without a sink has one that no score is below: it takes no share.
+        let no_sinks = vec![NO_SINK; config.heads];
+        let sinks = if attention.sinks.is_empty() { &no_sinks } else { &attention.sinks };
         Ok(CardLayer {
             attention_norm: self.floats(&layer.attention_norm),
             qkv: self.side_by_side(&qkv, "the projections of attention")?,
-            sinks: self.floats(&attention.sinks),
+            sinks: self.floats(sinks),
             o: self.side_by_side(&[(&attention.o.weight, attention.o.bias.as_deref())], "the output of attention")?,
             mlp_norm: self.floats(&layer.mlp_norm),
-            experts,
+            mlp,
         })
     }
 
-    fn experts(&mut self, config: &Config, layer: &LayerWeights) -> Result<Experts, DeviceError> {
+    fn dense(&mut self, dense: &DenseWeights) -> Result<Dense, DeviceError> {
+        let linear = |linear: &'_ Linear| (linear.weight.clone(), linear.bias.clone());
+        let gate_up = [&dense.gate, &dense.up].map(linear);
+        let gate_up: Vec<_> = gate_up.iter().map(|(weight, bias)| (weight, bias.as_deref())).collect();
+        Ok(Dense {
+            gate_up: self.side_by_side(&gate_up, "gate and up of a layer")?,
+            down: self
+                .side_by_side(&[(&dense.down.weight, dense.down.bias.as_deref())], "the last matrix of a layer")?,
+        })
+    }
+
+    fn experts(&mut self, config: &Config, mixture: &MixtureWeights) -> Result<Experts, DeviceError> {
         let number = |value: usize| u32::try_from(value).expect("dimensions are bounded");
-        let (Some(experts), Some(mixture)) = (config.experts(), layer.mlp.experts()) else {
-            return Err(DeviceError::Architecture(config.architecture.class()));
-        };
+        let experts = config.experts().expect("weights have the shape of their config");
         let router = self.bf16(&mixture.router.weight);
         let bias = mixture.router.bias.clone().unwrap_or_else(|| vec![0.0; experts.count]);
         let router_bias = self.floats(&bias);

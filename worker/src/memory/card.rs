@@ -1,7 +1,7 @@
 //! The plan for a CUDA card: what is held on it, what stays in the host's memory, and what was given up to fit.
 //!
 //! Owns: the sizes of a model's parts, of the keys and values, and of a step's buffers on a card; the order in which wishes
-//! are given up. Refuses: to ask a driver, and to make a context smaller that was asked for: experts move to the host instead.
+//! are given up. Refuses: to ask a driver, and to make a context smaller that was asked for: parts of layers move to the host instead.
 //! Invariants: weights, keys and values, buffers and reserve together are at most the budget; what stays on the host is at
 //! most what the host has.
 //!
@@ -11,8 +11,8 @@
 //! 2. sequences share fewer blocks than all of them could fill: at least one whole context;
 //! 3. prompts are taken in smaller steps, and fewer sequences than were asked for run at once, but not fewer than eight;
 //! 4. a context that was left open becomes smaller, down to 8192 tokens;
-//! 5. the experts of as few layers as needed go to the host, the last layers first;
-//! 6. with all experts there, fewer than eight sequences run at once;
+//! 5. the experts, or the networks behind the attention, of as few layers as needed go to the host, the last layers first;
+//! 6. with all of them there, fewer than eight sequences run at once;
 //! 7. as few whole layers as needed go to the host too, with their keys and values, the last first.
 
 mod planner;
@@ -61,15 +61,15 @@ pub struct WeightSizes {
 pub struct LayerSizes {
     /// Projections of the attention, router or dense network, norms, sinks, and the biases of those.
     pub attention: u64,
-    /// Both matrices of all experts, and their biases; 0 for a dense model.
-    pub experts: u64,
+    /// Both matrices of all experts, or the network of a dense model, and their biases.
+    pub mlp: u64,
 }
 
 impl WeightSizes {
     /// Gives the bytes of all weights together.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
-        let layers: u64 = self.layers.iter().map(|layer| layer.attention + layer.experts).sum();
+        let layers: u64 = self.layers.iter().map(|layer| layer.attention + layer.mlp).sum();
         Bytes(layers + self.embedding + self.lm_head)
     }
 }
@@ -100,7 +100,7 @@ pub struct CardPlan {
     pub kv_type: KvType,
     /// Whether the embedding is on the card. Always so for a tied head.
     pub is_embedding_on_card: bool,
-    /// For each layer whether its experts stay on the host.
+    /// For each layer whether its experts, or its dense network, stay on the host.
     pub host_layers: Vec<bool>,
     /// The last so many layers are on the host altogether.
     pub whole_layers: usize,
@@ -148,9 +148,11 @@ pub enum GivenUp {
     },
     /// The embedding stays on the host.
     EmbeddingOnHost,
-    /// Experts stay on the host.
-    ExpertsOnHost {
-        /// The layers whose experts those are.
+    /// Experts, or dense networks, stay on the host.
+    MlpsOnHost {
+        /// What a layer has of them.
+        what: &'static str,
+        /// The layers whose those are.
         layers: u32,
         /// The model's layers.
         of: u32,
@@ -173,8 +175,8 @@ impl fmt::Display for GivenUp {
             GivenUp::Context { from, to } => write!(f, "a context of {to} tokens instead of {from}"),
             GivenUp::StepTokens { from, to } => write!(f, "prompt steps of {to} tokens instead of {from}"),
             GivenUp::EmbeddingOnHost => write!(f, "the embedding on the host"),
-            GivenUp::ExpertsOnHost { layers, of, bytes: _ } => {
-                write!(f, "the experts of {layers} of {of} layers on the host")
+            GivenUp::MlpsOnHost { what, layers, of, bytes: _ } => {
+                write!(f, "the {what} of {layers} of {of} layers on the host")
             }
             GivenUp::LayersOnHost { layers, of } => write!(f, "{layers} of {of} layers on the host altogether"),
         }
@@ -260,14 +262,14 @@ pub fn sizes_of(config: &Config, quantization: Option<Quantization>) -> WeightSi
             let expert = matrix_bytes(quantization, 2 * inter, hidden) + matrix_bytes(quantization, hidden, inter);
             LayerSizes {
                 attention: attention + BF16 * count * hidden + F32 * count,
-                experts: count * (expert + F32 * (2 * inter + hidden)),
+                mlp: count * (expert + F32 * (2 * inter + hidden)),
             }
         }
         Mlp::Dense(dense) => {
             let inter = dense.intermediate_size as u64;
             let network = 2 * matrix_bytes(quantization, inter, hidden) + matrix_bytes(quantization, hidden, inter);
             let biases = if dense.has_bias { F32 * (2 * inter + hidden) } else { 0 };
-            LayerSizes { attention: attention + network + biases, experts: 0 }
+            LayerSizes { attention, mlp: network + biases }
         }
     };
     let head = BF16 * config.vocab_size as u64 * hidden;
@@ -295,7 +297,7 @@ pub fn sizes_in(checkpoint: &Checkpoint, config: &Config) -> Result<WeightSizes,
         match in_layer.and_then(|(layer, part)| Some((layer.parse::<usize>().ok()?, part))) {
             // A load refuses layers that the configuration does not count.
             Some((layer, part)) => match sizes.layers.get_mut(layer) {
-                Some(sizes) if part.starts_with("mlp.experts.") => sizes.experts += bytes,
+                Some(sizes) if part.starts_with("mlp.") && !part.starts_with("mlp.router.") => sizes.mlp += bytes,
                 Some(sizes) => sizes.attention += bytes,
                 None => {}
             },

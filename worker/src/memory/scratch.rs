@@ -61,7 +61,9 @@ pub struct Scratch {
     pub group_experts: u64,
     /// [experts + 1] u32.
     pub group_firsts: u64,
-    /// [rows, used, intermediate] bf16.
+    /// [rows, 2, intermediate] f32, of a dense network.
+    pub gate_up: u64,
+    /// [rows, used, intermediate] bf16; a dense network is used once.
     pub inner: u64,
     /// [rows, used, hidden] f32.
     pub results: u64,
@@ -96,10 +98,12 @@ impl Scratch {
         let outputs = u64::from(size.generated_rows);
         let rows = outputs.max(u64::from(size.prompt_rows));
         let hidden = config.hidden_size as u64;
-        // A dense network is as one expert without a router, which every token goes through.
-        let (experts, used, intermediate) = match config.mlp {
-            Mlp::Experts(experts) => (experts.count as u64, experts.per_token as u64, experts.intermediate_size as u64),
-            Mlp::Dense(dense) => (0, 1, dense.intermediate_size as u64),
+        // What is used of experts; and the width of a dense network.
+        let (experts, used, intermediate, dense) = match config.mlp {
+            Mlp::Experts(experts) => {
+                (experts.count as u64, experts.per_token as u64, experts.intermediate_size as u64, 0)
+            }
+            Mlp::Dense(dense) => (0, 0, 0, dense.intermediate_size as u64),
         };
         let (heads, dim) = (config.heads as u64, config.head_dim as u64);
         let vocabulary = config.vocab_size as u64;
@@ -120,7 +124,8 @@ impl Scratch {
             group_counts: part(config.layers.len() as u64, 4),
             group_experts: part(experts, 4),
             group_firsts: part(experts + 1, 4),
-            inner: part(rows * used * intermediate, 2),
+            gate_up: part(rows * 2 * dense, 4),
+            inner: part(rows * (used * intermediate + dense), 2),
             results: part(rows * used * hidden, 4),
             partial: part(outputs * heads * cuts * (dim + 2), 4),
             attend_counters: part(outputs * kv_heads, 4),

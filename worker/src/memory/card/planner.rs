@@ -13,13 +13,13 @@ use crate::model::config::Config;
 const STEPS: [u32; 6] = [8192, 4096, 2048, 1024, 512, 256];
 const STEPS_EASY: usize = 5;
 
-/// Sequences below which a plan does not go as long as experts could move instead: another sequence takes little room.
+/// Sequences below which a plan does not go as long as experts or networks could move instead: another sequence takes little room.
 const SEQUENCES_EASY: u32 = 8;
 
 /// The contexts that an open wish stops at on its way down, if larger steps are to be had for them.
 const CONTEXT_STOP: u32 = 32_768;
 
-/// The context below which experts move to the host instead.
+/// The context below which experts or networks move to the host instead.
 const CONTEXT_FLOOR: u32 = 8192;
 
 /// A context that the plan chooses is a multiple of this many tokens, or the model's own.
@@ -41,7 +41,7 @@ pub(super) struct Choice {
     context: u32,
     sequences: u32,
     step_tokens: u32,
-    /// The last so many layers leave their experts on the host.
+    /// The last so many layers leave their experts or networks on the host.
     host_layers: usize,
     /// The last so many layers are on the host altogether.
     whole_layers: usize,
@@ -130,13 +130,13 @@ impl<'p> Planner<'p> {
             return Some(all);
         }
         let layers = self.sizes.layers.len();
-        let experts = || (0..=layers).find_map(|count| self.with_host_layers(count));
+        let mlps = || (0..=layers).find_map(|count| self.with_host_layers(count));
         // The first layer stays: without any there would be nothing to use the card for.
-        let found = experts().or_else(|| (0..layers).find_map(|whole| self.with_whole_layers(whole)))?;
+        let found = mlps().or_else(|| (0..layers).find_map(|whole| self.with_whole_layers(whole)))?;
         Some(Choice { context: self.largest_context(found), ..found })
     }
 
-    /// Finds the layout that gives up least when the last so many layers leave their experts on the host.
+    /// Finds the layout that gives up least when the last so many layers leave their experts or networks on the host.
     fn with_host_layers(&self, host_layers: usize) -> Option<Choice> {
         let mut contexts = vec![self.context, CONTEXT_STOP, self.floor];
         contexts.retain(|context| (self.floor..=self.context).contains(context));
@@ -162,7 +162,7 @@ impl<'p> Planner<'p> {
         None
     }
 
-    /// Tries fewer sequences still when all experts and so many whole layers have moved.
+    /// Tries fewer sequences still when all of those and so many whole layers have moved.
     fn with_whole_layers(&self, whole_layers: usize) -> Option<Choice> {
         let least = Choice { whole_layers, ..self.least() };
         halvings(self.sequences).map(|sequences| Choice { sequences, ..least }).find(|choice| self.fits(*choice))
@@ -208,18 +208,18 @@ impl<'p> Planner<'p> {
     }
 
     fn weights_card(&self, choice: Choice) -> u64 {
-        let layers: u64 = self.sizes.layers.iter().map(|layer| layer.attention + layer.experts).sum();
+        let layers: u64 = self.sizes.layers.iter().map(|layer| layer.attention + layer.mlp).sum();
         let embedding = if choice.embedding == Place::Card { self.sizes.embedding } else { 0 };
-        self.sizes.lm_head + layers - self.host_experts(choice) - self.host_attention(choice) + embedding
+        self.sizes.lm_head + layers - self.host_mlps(choice) - self.host_attention(choice) + embedding
     }
 
     fn weights_host(&self, choice: Choice) -> u64 {
         let embedding = if choice.embedding == Place::Host { self.sizes.embedding } else { 0 };
-        self.host_experts(choice) + self.host_attention(choice) + embedding
+        self.host_mlps(choice) + self.host_attention(choice) + embedding
     }
 
-    fn host_experts(&self, choice: Choice) -> u64 {
-        self.sizes.layers.iter().rev().take(choice.host_layers).map(|layer| layer.experts).sum()
+    fn host_mlps(&self, choice: Choice) -> u64 {
+        self.sizes.layers.iter().rev().take(choice.host_layers).map(|layer| layer.mlp).sum()
     }
 
     fn host_attention(&self, choice: Choice) -> u64 {
@@ -320,10 +320,11 @@ impl<'p> Planner<'p> {
     fn given_up(&self, choice: Choice) -> Vec<GivenUp> {
         let smaller = |from: u32, to: u32| (to < from).then_some((from, to));
         let of = u32::try_from(self.sizes.layers.len()).unwrap_or(u32::MAX);
-        let experts = GivenUp::ExpertsOnHost {
+        let mlps = GivenUp::MlpsOnHost {
+            what: if self.config.experts().is_some() { "experts" } else { "dense networks" },
             layers: u32::try_from(choice.host_layers).unwrap_or(u32::MAX),
             of,
-            bytes: Bytes(self.host_experts(choice)),
+            bytes: Bytes(self.host_mlps(choice)),
         };
         let whole = u32::try_from(choice.whole_layers).unwrap_or(u32::MAX);
         [
@@ -331,7 +332,7 @@ impl<'p> Planner<'p> {
             smaller(STEPS[0], choice.step_tokens).map(|(from, to)| GivenUp::StepTokens { from, to }),
             smaller(self.sequences, choice.sequences).map(|(from, to)| GivenUp::Sequences { from, to }),
             smaller(self.context_wished, choice.context).map(|(from, to)| GivenUp::Context { from, to }),
-            (choice.host_layers > 0).then_some(experts),
+            (choice.host_layers > 0).then_some(mlps),
             (whole > 0).then_some(GivenUp::LayersOnHost { layers: whole, of }),
         ]
         .into_iter()

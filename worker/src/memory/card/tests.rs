@@ -44,19 +44,19 @@ fn check_sums(plan: &CardPlan, sizes: &WeightSizes, limits: CardLimits) {
         plan.weights_host.0 + plan.kv_host.0 + plan.swap.0 <= limits.host_available.0,
         "{plan:?} passes {limits:?}"
     );
-    let layers: u64 = sizes.layers.iter().map(|layer| layer.attention + layer.experts).sum();
+    let layers: u64 = sizes.layers.iter().map(|layer| layer.attention + layer.mlp).sum();
     assert_eq!(plan.weights_card.0 + plan.weights_host.0, layers + sizes.embedding + sizes.lm_head);
     let moved = plan.host_layers.iter().zip(&sizes.layers).filter(|(is_host, _)| **is_host);
     let embedding = if plan.is_embedding_on_card { 0 } else { sizes.embedding };
     let whole = sizes.layers.iter().rev().take(plan.whole_layers).map(|layer| layer.attention);
-    assert_eq!(plan.weights_host.0, moved.map(|(_, layer)| layer.experts).chain(whole).sum::<u64>() + embedding);
+    assert_eq!(plan.weights_host.0, moved.map(|(_, layer)| layer.mlp).chain(whole).sum::<u64>() + embedding);
     assert!(u64::from(plan.full_blocks) * u64::from(BLOCK_TOKENS) >= u64::from(plan.context_tokens));
 }
 
 #[test]
 fn sizes_of_the_20b_are_the_published_ones() {
     let config = config("20b");
-    let experts = |form| sizes_of(&config, form).layers.iter().map(|layer| layer.experts).sum::<u64>();
+    let experts = |form| sizes_of(&config, form).layers.iter().map(|layer| layer.mlp).sum::<u64>();
     for (form, gb) in [(Some(Quantization::Nf4), 9.86), (Some(Quantization::Mxfp4), 10.15), (None, 38.2)] {
         // The published figures leave out the biases: 24 * 32 * 8640 of them.
         let weights = (experts(form) - 24 * 32 * 8640 * 4) as f64 / 1e9;
@@ -121,12 +121,12 @@ fn each_rung_gives_up_one_thing_more() {
     assert_eq!(plan.context_tokens % CONTEXT_STEP, 0);
     assert_eq!((plan.step_tokens, plan.host_layers.contains(&true)), (8192, false));
     // Experts go, the last layers first, as few as needed.
-    let plan = first(8, |given_up| matches!(given_up, GivenUp::ExpertsOnHost { .. }));
+    let plan = first(8, |given_up| matches!(given_up, GivenUp::MlpsOnHost { .. }));
     let last_alone: Vec<bool> = (0..24).map(|layer| layer == 23).collect();
     assert_eq!(plan.host_layers, last_alone);
     assert!(plan.context_tokens >= 8192);
-    let bytes = Bytes(sizes_of(&config("20b"), Some(Quantization::Nf4)).layers[0].experts);
-    assert_eq!(plan.given_up.last(), Some(&GivenUp::ExpertsOnHost { layers: 1, of: 24, bytes }));
+    let bytes = Bytes(sizes_of(&config("20b"), Some(Quantization::Nf4)).layers[0].mlp);
+    assert_eq!(plan.given_up.last(), Some(&GivenUp::MlpsOnHost { what: "experts", layers: 1, of: 24, bytes }));
 }
 
 /// The multiple that a chosen context has.
