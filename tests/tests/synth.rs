@@ -171,10 +171,13 @@ fn a_llama_is_made_and_read_in_both_formats() -> Result<()> {
     for (key, value) in [("hidden_size", 256), ("intermediate_size", 512), ("num_hidden_layers", 2)] {
         config[key] = json!(value);
     }
-    for (key, value) in [("num_attention_heads", 4), ("num_key_value_heads", 2), ("vocab_size", 2048)] {
+    for (key, value) in
+        [("num_attention_heads", 4), ("num_key_value_heads", 2), ("vocab_size", 2048), ("eos_token_id", 1)]
+    {
         config[key] = json!(value);
     }
     let path = source.path().join("config.json");
+    config["bos_token_id"] = json!(0);
     std::fs::write(&path, config.to_string())?;
     for (format, name) in [(Format::Nf4, "nf4"), (Format::Bf16, "bf16")] {
         let folder = tempfile::tempdir()?;

@@ -160,11 +160,7 @@ fn sizes_of_loaded(weights: &Weights, heads: usize) -> WeightSizes {
             mlp: layer.mlp.linears().map(linear).sum::<u64>() - router,
         }
     });
-    let same_bytes = |a: &Matrix, b: &Matrix| match (a, b) {
-        (Matrix::Dense(a), Matrix::Dense(b)) => std::ptr::eq(a.region().bytes(), b.region().bytes()),
-        _ => false,
-    };
-    let is_tied = same_bytes(&weights.embedding, &weights.lm_head);
+    let is_tied = weights.is_tied();
     WeightSizes {
         embedding: if is_tied { 0 } else { weights.embedding.stored_bytes() as u64 },
         lm_head: weights.lm_head.stored_bytes() as u64 + 4 * weights.final_norm.len() as u64,

@@ -170,14 +170,24 @@ pub fn load(
 }
 
 impl Weights {
-    /// Gives every matrix, in no particular order.
+    /// Says whether the output matrix is the embedding, whose bytes are held once.
+    #[must_use]
+    pub fn is_tied(&self) -> bool {
+        match (&self.embedding, &self.lm_head) {
+            (Matrix::Dense(a), Matrix::Dense(b)) => std::ptr::eq(a.region().bytes(), b.region().bytes()),
+            (Matrix::Dense(_) | Matrix::Nf4(_) | Matrix::Mxfp4(_), _) => false,
+        }
+    }
+
+    /// Gives every matrix, in no particular order; one that is tied once.
     pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         let layers = self.layers.iter().flat_map(|layer| {
             let attention = &layer.attention;
             let linears = [&attention.q, &attention.k, &attention.v, &attention.o];
             linears.into_iter().chain(layer.mlp.linears()).map(|linear| &linear.weight)
         });
-        [&self.embedding, &self.lm_head].into_iter().chain(layers)
+        let lm_head = (!self.is_tied()).then_some(&self.lm_head);
+        [&self.embedding].into_iter().chain(lm_head).chain(layers)
     }
 
     /// Gives the form of most of the weights, for people: that of what follows the attention.
