@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::attention::{Heads, LayerAttention};
+use super::attention::{self, Attention, Heads, LayerAttention, Vectors};
 use super::batch::Batch;
 use super::config::Config;
 use super::moe::{Activation, Mixture};
@@ -26,6 +26,7 @@ pub struct Decoder {
     weights: Weights,
     cpu: Cpu,
     rope: RopeTable,
+    attention: Attention,
     /// Layers computed so far: a decoder whose count stands still while it has work is hung.
     progress: Arc<AtomicU64>,
 }
@@ -50,7 +51,8 @@ impl Decoder {
     #[must_use]
     pub fn new(config: Config, weights: Weights, cpu: Cpu) -> Decoder {
         let rope = RopeTable::new(&config.rope);
-        Decoder { config, weights, cpu, rope, progress: Arc::default() }
+        let attention = Attention::new(Vectors::detect());
+        Decoder { config, weights, cpu, rope, attention, progress: Arc::default() }
     }
 
     /// Gives the model's configuration.
@@ -96,7 +98,7 @@ impl Decoder {
         let projected = ((config.heads + 2 * config.kv_heads) * config.head_dim) as u64;
         let experts = config.experts_per_token as u64 * (4 * hidden + 3 * config.intermediate_size as u64);
         let per_row = 6 * hidden + 3 * projected + experts + config.vocab_size as u64;
-        per_row * rows * size_of::<f32>() as u64
+        per_row * rows * size_of::<f32>() as u64 + attention::scratch_bytes(config, rows)
     }
 
     /// Computes a batch, writes its keys and values into the cache and returns the logits of its output rows.
@@ -145,11 +147,15 @@ impl Decoder {
             step.cache.write(index, step.batch.blocks[row.sequence], row.position, key, value);
         }
         let mut attended = vec![0.0; queries.len()];
-        LayerAttention { cpu: &self.cpu, heads, sinks: &weights.sinks, cache: step.cache, layer: index }.attend(
-            step.batch,
-            &queries,
-            &mut attended,
-        );
+        LayerAttention {
+            cpu: &self.cpu,
+            attention: &self.attention,
+            heads,
+            sinks: &weights.sinks,
+            cache: step.cache,
+            layer: index,
+        }
+        .attend(step.batch, &queries, &mut attended);
         weights.o.apply(&self.cpu, &attended, out);
     }
 
