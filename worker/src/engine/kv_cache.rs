@@ -86,10 +86,10 @@ impl KvCache {
             };
             let (keys, values) = data[start..start + 2 * half].split_at_mut(half);
             for (place, key) in keys[token..].iter_mut().step_by(BLOCK_TOKENS as usize).zip(key) {
-                *place = bf16::from_f32(*key).to_bits();
+                *place = rounded(*key);
             }
             for (place, value) in values[token * head_dim..].iter_mut().zip(value) {
-                *place = bf16::from_f32(*value).to_bits();
+                *place = rounded(*value);
             }
         }
     }
@@ -130,9 +130,27 @@ impl KvCache {
     }
 }
 
+/// Gives the bits of the nearest bf16, the even one of two, without a branch; no number stays none.
+fn rounded(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let quiet = bits | 0x0040_0000;
+    ((if value.is_nan() { quiet } else { nearest }) >> 16) as u16
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_type() {
+        let edges = [0x0000_8000, 0x0001_8000, 0x3f80_8000, 0x7f7f_ffff, 0x7f80_0000, 0x7f80_0001, 0x7fff_ffff];
+        let signed = edges.into_iter().chain(edges.map(|bits| bits | 1 << 31));
+        for bits in (0..1 << 20).map(|i: u32| i.wrapping_mul(4_099)).chain(signed) {
+            let value = f32::from_bits(bits);
+            assert_eq!(rounded(value), bf16::from_f32(value).to_bits(), "{bits:x}");
+        }
+    }
 
     fn cache(full_blocks: u32) -> KvCache {
         let spans = vec![Span::Window(40), Span::Full, Span::Window(40)];

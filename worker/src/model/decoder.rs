@@ -121,10 +121,10 @@ impl Decoder {
         let mut normalised = vec![0.0; x.len()];
         let mut change = vec![0.0; x.len()];
         for (index, layer) in self.weights.layers.iter().enumerate() {
-            rms_norm(&x, &layer.attention_norm, self.config.norm_eps, &mut normalised);
+            self.normalise(&x, &layer.attention_norm, &mut normalised);
             self.attention(index, &mut step, &normalised, &mut change);
             add(&mut x, &change);
-            rms_norm(&x, &layer.mlp_norm, self.config.norm_eps, &mut normalised);
+            self.normalise(&x, &layer.mlp_norm, &mut normalised);
             self.mixture(layer, &normalised, &mut change);
             add(&mut x, &change);
             self.progress.fetch_add(1, Ordering::Relaxed);
@@ -139,8 +139,8 @@ impl Decoder {
         let mut queries = self.project(&weights.q, x);
         let mut keys = self.project(&weights.k, x);
         let values = self.project(&weights.v, x);
-        rotate(&mut queries, heads.query, &step.rotation);
-        rotate(&mut keys, heads.kv, &step.rotation);
+        self.rotate(&mut queries, heads.query, &step.rotation);
+        self.rotate(&mut keys, heads.kv, &step.rotation);
         let width = heads.kv * heads.dim;
         let rows = step.batch.rows.iter().zip(keys.chunks_exact(width)).zip(values.chunks_exact(width));
         for ((row, key), value) in rows {
@@ -173,6 +173,23 @@ impl Decoder {
         Mixture { cpu: &self.cpu, router: &layer.router, experts: &layer.experts, used, activation }.run(x, out);
     }
 
+    /// Shapes: x, out: [batch, hidden].
+    fn normalise(&self, x: &[f32], weight: &[f32], out: &mut [f32]) {
+        let size = weight.len();
+        self.cpu.for_each_chunk(out, size, |row, out| {
+            rms_norm(&x[row * size..(row + 1) * size], weight, self.config.norm_eps, out);
+        });
+    }
+
+    /// Rotates every head by the angles of its row's position. Shapes: x: [batch, heads, head_dim].
+    fn rotate(&self, x: &mut [f32], heads: usize, rotation: &Rotation) {
+        let half = rotation.half;
+        self.cpu.for_each_chunk(x, heads * 2 * half, |row, x| {
+            let angles = row * half..(row + 1) * half;
+            rotate_row(x, &rotation.cos[angles.clone()], &rotation.sin[angles]);
+        });
+    }
+
     fn rotation(&self, batch: &Batch<'_>) -> Rotation {
         let half = self.config.head_dim / 2;
         let (mut cos, mut sin) = (vec![0.0; batch.rows.len() * half], vec![0.0; batch.rows.len() * half]);
@@ -187,7 +204,7 @@ impl Decoder {
         let wanted: Vec<f32> =
             batch.outputs.iter().flat_map(|row| &x[row * hidden..(row + 1) * hidden]).copied().collect();
         let mut normalised = vec![0.0; wanted.len()];
-        rms_norm(&wanted, &self.weights.final_norm, self.config.norm_eps, &mut normalised);
+        self.normalise(&wanted, &self.weights.final_norm, &mut normalised);
         let mut logits = vec![0.0; batch.outputs.len() * self.config.vocab_size];
         if !logits.is_empty() {
             self.cpu.matmul(&normalised, &self.weights.lm_head, None, &mut logits);
@@ -196,18 +213,14 @@ impl Decoder {
     }
 }
 
-/// Rotates the two halves of each head by the angles of its row's position.
+/// Rotates the two halves of each head of a row. Source: Su et al. 2021, "RoFormer", in the half-split pairing of GPT-NeoX.
 ///
-/// Shapes: x: [batch, heads, head_dim]. Source: Su et al. 2021, "RoFormer", in the half-split pairing of GPT-NeoX.
-fn rotate(x: &mut [f32], heads: usize, rotation: &Rotation) {
-    for (row, x) in x.chunks_exact_mut(heads * 2 * rotation.half).enumerate() {
-        let angles = row * rotation.half..(row + 1) * rotation.half;
-        let (cos, sin) = (&rotation.cos[angles.clone()], &rotation.sin[angles]);
-        for head in x.chunks_exact_mut(2 * rotation.half) {
-            let (first, second) = head.split_at_mut(rotation.half);
-            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
+/// Shapes: x: [heads, head_dim], cos, sin: [half].
+fn rotate_row(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for head in x.chunks_exact_mut(2 * cos.len()) {
+        let (first, second) = head.split_at_mut(cos.len());
+        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
 }

@@ -79,6 +79,8 @@ pub(super) trait Lanes: Copy {
     fn scale_by_bits(self, exponent: Self) -> Self;
     /// Gives 0 where `value` is below `bound`, and `self` elsewhere, also where `value` is no number.
     fn or_zero_below(self, value: Self, bound: Self) -> Self;
+    /// Asks for the cache line in which these begin; there is no other effect.
+    fn prefetch(from: &[bf16]);
     /// Computes `a * b + c` as one lane of `multiply_add` does.
     fn multiply_add_one(a: f32, b: f32, c: f32) -> f32;
 }
@@ -177,6 +179,9 @@ impl Lanes for Plain {
     }
 
     #[inline(always)]
+    fn prefetch(_: &[bf16]) {}
+
+    #[inline(always)]
     fn multiply_add_one(a: f32, b: f32, c: f32) -> f32 {
         // Without the instruction, fusing is a call of a function.
         if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { a.mul_add(b, c) } else { a * b + c }
@@ -186,8 +191,8 @@ impl Lanes for Plain {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256, __m512, _CMP_NLT_UQ, _mm_loadu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_and_ps,
-        _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepu16_epi32, _mm256_fmadd_ps,
+        __m256, __m512, _CMP_NLT_UQ, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_add_epi32, _mm256_add_ps,
+        _mm256_and_ps, _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepu16_epi32, _mm256_fmadd_ps,
         _mm256_loadu_ps, _mm256_loadu_si256, _mm256_max_ps, _mm256_mul_ps, _mm256_set1_ps, _mm256_slli_epi32,
         _mm256_storeu_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps,
         _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_mov_ps,
@@ -223,6 +228,12 @@ mod x86 {
     /// Only `on_avx512` makes these.
     #[derive(Clone, Copy)]
     struct Avx512(__m512);
+
+    #[inline(always)]
+    fn prefetch(from: &[bf16]) {
+        // SAFETY: every processor of the target has the instruction, and it faults on no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().cast()) }
+    }
 
     // Every block below calls an instruction that `on_avx2` was compiled for, on values; loads and stores cover a slice
     // whose length was checked the line before.
@@ -296,6 +307,11 @@ mod x86 {
         fn or_zero_below(self, value: Avx2, bound: Avx2) -> Avx2 {
             // SAFETY: AVX is there, see above.
             Avx2(unsafe { _mm256_and_ps(self.0, _mm256_cmp_ps::<_CMP_NLT_UQ>(value.0, bound.0)) })
+        }
+
+        #[inline(always)]
+        fn prefetch(from: &[bf16]) {
+            prefetch(from);
         }
 
         #[inline(always)]
@@ -377,6 +393,11 @@ mod x86 {
             let kept = unsafe { _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(value.0, bound.0) };
             // SAFETY: AVX-512F is there, see above.
             Avx512(unsafe { _mm512_maskz_mov_ps(kept, self.0) })
+        }
+
+        #[inline(always)]
+        fn prefetch(from: &[bf16]) {
+            prefetch(from);
         }
 
         #[inline(always)]

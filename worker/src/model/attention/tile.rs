@@ -15,7 +15,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::lanes::{Lanes, Vectorised, exp};
-use crate::engine::kv_cache::KvCache;
+use crate::engine::kv_cache::{BlockView, KvCache};
 use crate::engine::pager::{BLOCK_TOKENS, Blocks};
 
 /// Positions of a split: enough work for a thread to be handed, few enough that a long context feeds many.
@@ -29,6 +29,9 @@ pub(super) const TILE_QUERIES: usize = 64;
 
 /// Lanes over which powers are added, whatever a vector holds.
 const SUM_LANES: usize = 16;
+
+/// Elements of a cache line.
+const LINE: usize = 32;
 
 /// Queries that share the loads of keys and values in registers.
 const WIDE: usize = 8;
@@ -54,6 +57,12 @@ impl Tile<'_> {
     /// Queries of the tile.
     pub(super) fn queries(&self) -> usize {
         self.tokens * self.group
+    }
+
+    /// Gives the keys and values of a block of a split.
+    fn block(&self, split: u32, block: usize) -> BlockView<'_> {
+        let index = split * (SPLIT_TOKENS / BLOCK_TOKENS) + block as u32;
+        self.cache.block(self.layer, self.blocks, index, self.kv_head)
     }
 
     /// Gives the positions of a split that a token sees, counted from the split's start.
@@ -241,17 +250,21 @@ fn blocks(seen: &Range<usize>) -> Range<usize> {
 /// Shapes: scores: [queries, SPLIT], of which the blocks that hold `seen` are written.
 #[inline(always)]
 fn score<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, packed: &[f32], scores: &mut [f32]) {
-    for block in blocks(seen) {
-        let index = split * (SPLIT_TOKENS / BLOCK_TOKENS) + block as u32;
-        let keys = tile.cache.block(tile.layer, tile.blocks, index, tile.kv_head).keys;
+    let all = blocks(seen);
+    for block in all.clone() {
+        let keys = tile.block(split, block).keys;
+        // Pages lie apart, and no processor looks ahead across them.
+        let ahead =
+            if block + 1 < all.end { tile.block(split, block + 1).keys } else { tile.block(split, all.start).values };
         for_each_bundle::<L>(tile.queries(), |first, count| {
             let queries = &packed[first * tile.dim..(first + count) * tile.dim];
             let scores = &mut scores[first * SPLIT + block * BLOCK..];
+            let ahead = if first == 0 { ahead } else { &[] };
             match (count, L::COUNT) {
-                (WIDE, _) => score_bundle::<L, WIDE, 2>(queries, keys, scores),
-                (NARROW, _) => score_bundle::<L, NARROW, 2>(queries, keys, scores),
-                (_, 8) => score_bundle::<L, 1, 4>(queries, keys, scores),
-                _ => score_bundle::<L, 1, 2>(queries, keys, scores),
+                (WIDE, _) => score_bundle::<L, WIDE, 2>(queries, keys, scores, ahead),
+                (NARROW, _) => score_bundle::<L, NARROW, 2>(queries, keys, scores, ahead),
+                (_, 8) => score_bundle::<L, 1, 4>(queries, keys, scores, ahead),
+                _ => score_bundle::<L, 1, 2>(queries, keys, scores, ahead),
             }
         });
     }
@@ -259,13 +272,23 @@ fn score<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, packed: &[f
 
 /// Multiplies queries with the keys of a block, `V` vectors of positions at a time.
 ///
-/// Shapes: queries: [dim, R], keys: [dim, BLOCK], scores: [R, SPLIT], of which the first BLOCK of each are written.
+/// Shapes: queries: [dim, R], keys: [dim, BLOCK], scores: [R, SPLIT], of which the first BLOCK of each are written. `ahead`
+/// is what is read next, or nothing.
 #[inline(always)]
-fn score_bundle<L: Lanes, const R: usize, const V: usize>(queries: &[f32], keys: &[bf16], scores: &mut [f32]) {
+fn score_bundle<L: Lanes, const R: usize, const V: usize>(
+    queries: &[f32],
+    keys: &[bf16],
+    scores: &mut [f32],
+    ahead: &[bf16],
+) {
     let (queries, keys) = (queries.as_chunks::<R>().0, keys.as_chunks::<BLOCK>().0);
+    let mut ahead = ahead.as_chunks::<BLOCK>().0.iter();
     for column in (0..BLOCK).step_by(V * L::COUNT) {
         let mut sums = [[L::splat(0.0); V]; R];
         for (query, keys) in queries.iter().zip(keys) {
+            if let Some(ahead) = ahead.next() {
+                L::prefetch(ahead);
+            }
             let keys: [L; V] = std::array::from_fn(|v| L::load_bf16(&keys[column + v * L::COUNT..]));
             for r in 0..R {
                 let query = L::splat(query[r]);
@@ -331,33 +354,42 @@ fn fold<L: Lanes>(vectors: &[L; SUM_LANES / 8], join: impl Fn(f32, f32) -> f32) 
     lanes[0]
 }
 
-/// Adds the values of the positions that some query sees, times their powers. Shapes: powers: [queries, SPLIT], sums:
-/// [queries, dim].
+/// Adds the values of the positions that some query sees, times their powers.
+///
+/// Shapes: powers: [queries, SPLIT], sums: [queries, dim].
 #[inline(always)]
 fn add_values<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, powers: &[f32], sums: &mut [f32]) {
     let dim = tile.dim;
-    for block in blocks(seen) {
-        let index = split * (SPLIT_TOKENS / BLOCK_TOKENS) + block as u32;
+    let is_last = split + 1 >= (tile.position + tile.tokens as u32).div_ceil(SPLIT_TOKENS);
+    let ahead = if is_last { &[] } else { tile.block(split + 1, 0).keys };
+    let all = blocks(seen);
+    for block in all.clone() {
         let within = |position: usize| position.saturating_sub(block * BLOCK).min(BLOCK);
         let tokens = within(seen.start)..within(seen.end);
-        let values = &tile.cache.block(tile.layer, tile.blocks, index, tile.kv_head).values;
-        let values = &values[tokens.start * dim..tokens.end * dim];
+        let values = &tile.block(split, block).values[tokens.start * dim..tokens.end * dim];
+        let ahead = if block + 1 < all.end { tile.block(split, block + 1).values } else { ahead };
         for_each_bundle::<L>(tile.queries(), |first, count| {
             let powers = &powers[first * SPLIT + block * BLOCK + tokens.start..];
             let sums = &mut sums[first * dim..(first + count) * dim];
+            let ahead = if first == 0 { ahead } else { &[] };
             match count {
-                WIDE => add_bundle::<L, WIDE>(powers, values, sums),
-                NARROW => add_bundle::<L, NARROW>(powers, values, sums),
-                _ => add_bundle::<L, 1>(powers, values, sums),
+                WIDE => add_bundle::<L, WIDE>(powers, values, sums, ahead),
+                NARROW => add_bundle::<L, NARROW>(powers, values, sums, ahead),
+                _ => add_bundle::<L, 1>(powers, values, sums, ahead),
             }
         });
     }
 }
 
-/// Adds the values of some positions of a block. Shapes: powers: [R, SPLIT], values: [positions, dim], sums: [R, dim].
+/// Adds the values of some positions of a block.
+///
+/// Shapes: powers: [R, SPLIT], values: [positions, dim], sums: [R, dim]. `ahead` is what is read next, or nothing.
 #[inline(always)]
-fn add_bundle<L: Lanes, const R: usize>(powers: &[f32], values: &[bf16], sums: &mut [f32]) {
+fn add_bundle<L: Lanes, const R: usize>(powers: &[f32], values: &[bf16], sums: &mut [f32], ahead: &[bf16]) {
     let dim = sums.len() / R;
+    for line in ahead.chunks(LINE) {
+        L::prefetch(line);
+    }
     let mut column = 0;
     if R == 1 {
         // One query alone keeps the units busy with more vectors of its own.
