@@ -209,19 +209,15 @@ fn merge<L: Lanes>(state: &mut State<'_>, next: StateView<'_>, dim: usize) {
     }
 }
 
-/// Cuts queries into those that share registers: as many eights as the registers allow, then fours, then ones.
+/// Gives how many of the queries that are left share registers next: eight if there are so many, then four, then one.
+///
+/// Loops over these stand written out, for a closure would be compiled without the instructions of the function around it.
 #[inline(always)]
-fn for_each_bundle<L: Lanes>(queries: usize, mut work: impl FnMut(usize, usize)) {
-    let mut first = 0;
-    while first < queries {
-        let left = queries - first;
-        let count = match left {
-            WIDE.. if L::COUNT == SUM_LANES => WIDE,
-            NARROW.. => NARROW,
-            _ => 1,
-        };
-        work(first, count);
-        first += count;
+fn bundle<L: Lanes>(left: usize) -> usize {
+    match left {
+        WIDE.. if L::COUNT == SUM_LANES => WIDE,
+        NARROW.. => NARROW,
+        _ => 1,
     }
 }
 
@@ -230,16 +226,19 @@ fn for_each_bundle<L: Lanes>(queries: usize, mut work: impl FnMut(usize, usize))
 fn pack<L: Lanes>(tile: &Tile<'_>, rows: &[f32], stride: usize, packed: &mut [f32]) {
     let dim = tile.dim;
     let scale = 1.0 / (dim as f32).sqrt();
-    for_each_bundle::<L>(tile.queries(), |first, count| {
-        let bundle = &mut packed[first * dim..(first + count) * dim];
+    let mut first = 0;
+    while first < tile.queries() {
+        let count = bundle::<L>(tile.queries() - first);
+        let packed = &mut packed[first * dim..(first + count) * dim];
         for place in 0..count {
             let query = first + place;
             let start = query / tile.group * stride + query % tile.group * dim;
-            for (packed, value) in bundle[place..].iter_mut().step_by(count).zip(&rows[start..start + dim]) {
+            for (packed, value) in packed[place..].iter_mut().step_by(count).zip(&rows[start..start + dim]) {
                 *packed = value * scale;
             }
         }
-    });
+        first += count;
+    }
 }
 
 /// Blocks of a split that hold some of these positions.
@@ -256,7 +255,9 @@ fn score<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, packed: &[f
         // Pages lie apart, and no processor looks ahead across them.
         let ahead =
             if block + 1 < all.end { tile.block(split, block + 1).keys } else { tile.block(split, all.start).values };
-        for_each_bundle::<L>(tile.queries(), |first, count| {
+        let mut first = 0;
+        while first < tile.queries() {
+            let count = bundle::<L>(tile.queries() - first);
             let queries = &packed[first * tile.dim..(first + count) * tile.dim];
             let scores = &mut scores[first * SPLIT + block * BLOCK..];
             let ahead = if first == 0 { ahead } else { &[] };
@@ -266,7 +267,8 @@ fn score<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, packed: &[f
                 (_, 8) => score_bundle::<L, 1, 4>(queries, keys, scores, ahead),
                 _ => score_bundle::<L, 1, 2>(queries, keys, scores, ahead),
             }
-        });
+            first += count;
+        }
     }
 }
 
@@ -289,11 +291,14 @@ fn score_bundle<L: Lanes, const R: usize, const V: usize>(
             if let Some(ahead) = ahead.next() {
                 L::prefetch(ahead);
             }
-            let keys: [L; V] = std::array::from_fn(|v| L::load_bf16(&keys[column + v * L::COUNT..]));
+            let mut wide = [L::splat(0.0); V];
+            for v in 0..V {
+                wide[v] = L::load_bf16(&keys[column + v * L::COUNT..]);
+            }
             for r in 0..R {
                 let query = L::splat(query[r]);
                 for v in 0..V {
-                    sums[r][v] = keys[v].multiply_add(query, sums[r][v]);
+                    sums[r][v] = wide[v].multiply_add(query, sums[r][v]);
                 }
             }
         }
@@ -368,7 +373,9 @@ fn add_values<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, powers
         let tokens = within(seen.start)..within(seen.end);
         let values = &tile.block(split, block).values[tokens.start * dim..tokens.end * dim];
         let ahead = if block + 1 < all.end { tile.block(split, block + 1).values } else { ahead };
-        for_each_bundle::<L>(tile.queries(), |first, count| {
+        let mut first = 0;
+        while first < tile.queries() {
+            let count = bundle::<L>(tile.queries() - first);
             let powers = &powers[first * SPLIT + block * BLOCK + tokens.start..];
             let sums = &mut sums[first * dim..(first + count) * dim];
             let ahead = if first == 0 { ahead } else { &[] };
@@ -377,7 +384,8 @@ fn add_values<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, powers
                 NARROW => add_bundle::<L, NARROW>(powers, values, sums, ahead),
                 _ => add_bundle::<L, 1>(powers, values, sums, ahead),
             }
-        });
+            first += count;
+        }
     }
 }
 
@@ -426,17 +434,24 @@ fn add_stripe<L: Lanes, const R: usize, const V: usize>(
 ) {
     let dim = sums.len() / R;
     let stripe = column..column + V * L::COUNT;
-    let load = |r: usize, v: usize| L::load(&sums[r * dim + column + v * L::COUNT..]);
-    let mut added: [[L; V]; R] = std::array::from_fn(|r| std::array::from_fn(|v| load(r, v)));
+    let mut added = [[L::splat(0.0); V]; R];
+    for r in 0..R {
+        for v in 0..V {
+            added[r][v] = L::load(&sums[r * dim + column + v * L::COUNT..]);
+        }
+    }
     let positions = values.len() / dim;
     let powers: [&[f32]; R] = std::array::from_fn(|r| &powers[r * SPLIT..r * SPLIT + positions]);
     for (position, values) in values.chunks_exact(dim).enumerate() {
         let values = &values[stripe.clone()];
-        let values: [L; V] = std::array::from_fn(|v| L::load_bf16(&values[v * L::COUNT..]));
+        let mut wide = [L::splat(0.0); V];
+        for v in 0..V {
+            wide[v] = L::load_bf16(&values[v * L::COUNT..]);
+        }
         for r in 0..R {
             let power = L::splat(powers[r][position]);
             for v in 0..V {
-                added[r][v] = values[v].multiply_add(power, added[r][v]);
+                added[r][v] = wide[v].multiply_add(power, added[r][v]);
             }
         }
     }
