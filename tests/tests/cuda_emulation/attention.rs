@@ -2,7 +2,7 @@
 
 use bulkhead_worker::engine::kv_cache::KvCache;
 use bulkhead_worker::engine::pager::{BLOCK_TOKENS, Blocks, KvShape, Span};
-use bulkhead_worker::model::attention::{Heads, LayerAttention};
+use bulkhead_worker::model::attention::{Attention, Heads, LayerAttention, Vectors};
 use bulkhead_worker::model::batch::{Batch, Role, Row};
 use bulkhead_worker::quant::cpu::Cpu;
 
@@ -254,7 +254,8 @@ impl Inputs {
         let queries: Vec<f32> = self.asked.iter().flat_map(|row| self.rotated(case, *row)[0].clone()).collect();
         let mut out = vec![0.0; queries.len()];
         let cpu = Cpu::start(1).expect("a thread starts");
-        LayerAttention { cpu: &cpu, heads: case.heads, sinks: &self.sinks, cache: &cache, layer: 0 }
+        let (attention, heads) = (Attention::new(Vectors::detect()), case.heads);
+        LayerAttention { cpu: &cpu, attention: &attention, heads, sinks: &self.sinks, cache: &cache, layer: 0 }
             .attend(&batch, &queries, &mut out);
         out
     }

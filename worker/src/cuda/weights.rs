@@ -25,7 +25,7 @@ const COLUMNS_STEP: usize = 64;
 /// Bytes of a matrix's descriptor: `Matrix` of worker/kernels/formats.cuh.
 const DESCRIPTOR_BYTES: usize = 48;
 
-/// The sink of a head that has none. Finite, for the kernels take differences of it.
+/// In place of minus infinity, the sink of a head that has none: finite, for the kernels take differences of it.
 const NO_SINK: f32 = -1e30;
 
 /// How a matrix is stored on the card.
@@ -361,13 +361,11 @@ impl Layout {
             MlpWeights::Experts(mixture) => Some(CardMlp::Experts(self.experts(config, mixture)?)),
             MlpWeights::Dense(dense) => Some(CardMlp::Dense(self.dense(dense)?)),
         };
-        // A head without a sink has one that no score is below: it takes no share.
-        let no_sinks = vec![NO_SINK; config.heads];
-        let sinks = if attention.sinks.is_empty() { &no_sinks } else { &attention.sinks };
+        let sinks: Vec<f32> = attention.sinks.iter().map(|sink| sink.max(NO_SINK)).collect();
         Ok(CardLayer {
             attention_norm: self.floats(&layer.attention_norm),
             qkv: self.side_by_side(&qkv, "the projections of attention")?,
-            sinks: self.floats(sinks),
+            sinks: self.floats(&sinks),
             o: self.side_by_side(&[(&attention.o.weight, attention.o.bias.as_deref())], "the output of attention")?,
             mlp_norm: self.floats(&layer.mlp_norm),
             mlp,

@@ -1,6 +1,7 @@
 //! Keys and values of past tokens on the processor, in blocks that a `Pager` hands out.
 //!
-//! Values are bf16. Invariant: the storage is made once and never grows.
+//! Elements are bf16. The keys of a block stand by element, so that attention multiplies a query with many of them at a
+//! time; the values stand by token, so that it adds whole rows. Invariant: the storage is made once and never grows.
 
 use half::bf16;
 use half::slice::HalfBitsSliceExt;
@@ -25,12 +26,12 @@ struct Pool {
     data: Vec<u16>,
 }
 
-/// One block of one layer and one head: keys and values by token. Shapes: each [BLOCK_TOKENS, head_dim].
+/// One block of one layer and one head.
 #[derive(Debug)]
 pub struct BlockView<'a> {
-    /// The keys.
+    /// The keys. Shapes: [head_dim, BLOCK_TOKENS].
     pub keys: &'a [bf16],
-    /// The values.
+    /// The values. Shapes: [BLOCK_TOKENS, head_dim].
     pub values: &'a [bf16],
 }
 
@@ -77,15 +78,18 @@ impl KvCache {
         let block = blocks.table(kind).block_of(position / BLOCK_TOKENS);
         let heads = key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim));
         for (head, (key, value)) in heads.enumerate() {
-            let start = self.start(layer, block, head) + (position % BLOCK_TOKENS) as usize * head_dim;
-            let half = self.half();
+            let start = self.start(layer, block, head);
+            let (half, token) = (self.half(), (position % BLOCK_TOKENS) as usize);
             let data = match kind {
                 Kind::Full => &mut self.full.data,
                 Kind::Window => &mut self.window.data,
             };
-            for (offset, (key, value)) in key.iter().zip(value).enumerate() {
-                data[start + offset] = bf16::from_f32(*key).to_bits();
-                data[start + half + offset] = bf16::from_f32(*value).to_bits();
+            let (keys, values) = data[start..start + 2 * half].split_at_mut(half);
+            for (place, key) in keys[token..].iter_mut().step_by(BLOCK_TOKENS as usize).zip(key) {
+                *place = rounded(*key);
+            }
+            for (place, value) in values[token * head_dim..].iter_mut().zip(value) {
+                *place = rounded(*value);
             }
         }
     }
@@ -126,9 +130,27 @@ impl KvCache {
     }
 }
 
+/// Gives the bits of the nearest bf16, the even one of two, without a branch; no number stays none.
+fn rounded(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let quiet = bits | 0x0040_0000;
+    ((if value.is_nan() { quiet } else { nearest }) >> 16) as u16
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_type() {
+        let edges = [0x0000_8000, 0x0001_8000, 0x3f80_8000, 0x7f7f_ffff, 0x7f80_0000, 0x7f80_0001, 0x7fff_ffff];
+        let signed = edges.into_iter().chain(edges.map(|bits| bits | 1 << 31));
+        for bits in (0..1 << 20).map(|i: u32| i.wrapping_mul(4_099)).chain(signed) {
+            let value = f32::from_bits(bits);
+            assert_eq!(rounded(value), bf16::from_f32(value).to_bits(), "{bits:x}");
+        }
+    }
 
     fn cache(full_blocks: u32) -> KvCache {
         let spans = vec![Span::Window(40), Span::Full, Span::Window(40)];
@@ -150,10 +172,10 @@ mod tests {
         }
         for (position, layer, head) in [(0, 0, 0), (31, 1, 1), (32, 1, 0), (69, 2, 1), (40, 0, 1)] {
             let view = cache.block(layer, &blocks, position / BLOCK_TOKENS, head);
-            let at = (position % BLOCK_TOKENS) as usize * 4;
+            let (token, tokens) = ((position % BLOCK_TOKENS) as usize, BLOCK_TOKENS as usize);
             let expected = bf16::from_f32(key(layer, position, head));
-            assert_eq!(view.keys[at..at + 4], [expected; 4]);
-            assert_eq!(view.values[at..at + 4], [-expected; 4]);
+            assert_eq!(std::array::from_fn(|element| view.keys[element * tokens + token]), [expected; 4]);
+            assert_eq!(view.values[token * 4..token * 4 + 4], [-expected; 4]);
         }
     }
 }

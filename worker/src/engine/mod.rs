@@ -4,6 +4,7 @@
 //! choose tokens, emit. Refuses to tokenise or render: that is done before a sequence arrives here.
 
 pub mod backend;
+mod candidates;
 pub mod faults;
 pub mod intake;
 pub mod kv_cache;

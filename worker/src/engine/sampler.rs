@@ -15,10 +15,8 @@ use std::collections::HashMap;
 
 use bulkhead_shared::generate::Sampling;
 
+use super::candidates::{Candidates, Filters, largest};
 use crate::text::generation_config::Defaults;
-
-/// Tokens that are sorted at first to find the set of top_p; eight times as many with each try.
-const TOP_P_FIRST_TRY: usize = 256;
 
 /// A logit that is not finite: the model or its device is broken.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -54,15 +52,7 @@ impl History {
 /// Memory that `sample` works in, kept from step to step.
 #[derive(Clone, Debug, Default)]
 pub struct Scratch {
-    candidates: Vec<Candidate>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    token: u32,
-    logit: f32,
-    /// The probability relative to the most likely token's. Bounds: 0 to 1.
-    weight: f64,
+    candidates: Candidates,
 }
 
 /// A token that was chosen.
@@ -141,8 +131,9 @@ impl Sampler {
         if self.temperature <= 0.0 {
             return Ok(Choice { token: most_likely(logits), logprob: 0.0 });
         }
-        self.filter(logits, &mut scratch.candidates);
-        Ok(draw(&scratch.candidates, uniform(self.seed, position)))
+        scratch.candidates.keep(logits, &self.filters());
+        let (token, logprob) = scratch.candidates.draw(uniform(self.seed, position));
+        Ok(Choice { token, logprob })
     }
 
     /// Gives the distribution that `sample` draws from: tokens with their probabilities, in no particular order. At
@@ -156,10 +147,9 @@ impl Sampler {
         if self.temperature <= 0.0 {
             return Ok(vec![(most_likely(logits), 1.0)]);
         }
-        let mut candidates = Vec::new();
-        self.filter(logits, &mut candidates);
-        let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
-        Ok(candidates.iter().map(|candidate| (candidate.token, candidate.weight / total)).collect())
+        let mut candidates = Candidates::default();
+        candidates.keep(logits, &self.filters());
+        Ok(candidates.probabilities())
     }
 
     fn penalize(&self, logits: &mut [f32], history: &History) {
@@ -179,22 +169,9 @@ impl Sampler {
         }
     }
 
-    /// Leaves the tokens that may be drawn, with their weights.
-    fn filter(&self, logits: &[f32], candidates: &mut Vec<Candidate>) {
-        candidates.clear();
-        candidates.extend((0..).zip(logits).map(|(token, logit)| Candidate { token, logit: *logit, weight: 0.0 }));
-        keep_top_k(candidates, self.top_k as usize);
-        let max = candidates.iter().fold(f32::NEG_INFINITY, |max, candidate| max.max(candidate.logit));
-        for candidate in candidates.iter_mut() {
-            let distance = f64::from(candidate.logit) - f64::from(max);
-            candidate.weight = (distance / f64::from(self.temperature)).exp();
-        }
-        if self.top_p < 1.0 {
-            keep_top_p(candidates, f64::from(self.top_p));
-        }
-        if self.min_p > 0.0 {
-            candidates.retain(|candidate| candidate.weight >= f64::from(self.min_p));
-        }
+    fn filters(&self) -> Filters {
+        let Sampler { temperature, top_p, min_p, .. } = *self;
+        Filters { temperature, top_k: self.top_k as usize, top_p, min_p }
     }
 }
 
@@ -210,6 +187,14 @@ pub fn model_logprob(logits: &[f32], token: u32) -> f64 {
 }
 
 fn check_finite(logits: &[f32]) -> Result<(), NonFinite> {
+    // Zero times what is not finite is no number, and stays none in a sum.
+    let mut lanes = [0.0f32; 16];
+    for chunk in logits.chunks(lanes.len()) {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, logit)| *lane += logit * 0.0);
+    }
+    if lanes.iter().all(|lane| *lane == 0.0) {
+        return Ok(());
+    }
     match (0..).zip(logits).find(|(_, logit)| !logit.is_finite()) {
         Some((token, value)) => Err(NonFinite { token, value: *value }),
         None => Ok(()),
@@ -218,71 +203,9 @@ fn check_finite(logits: &[f32]) -> Result<(), NonFinite> {
 
 /// Finds the token with the highest logit; the lowest id among equals.
 fn most_likely(logits: &[f32]) -> u32 {
-    let mut best = (0, *logits.first().expect("a model has at least one token"));
-    for (token, logit) in (0..).zip(logits) {
-        if *logit > best.1 {
-            best = (token, *logit);
-        }
-    }
-    best.0
-}
-
-/// The most likely first, the lower id first among equals.
-fn by_rank(left: &Candidate, right: &Candidate) -> std::cmp::Ordering {
-    right.logit.total_cmp(&left.logit).then(left.token.cmp(&right.token))
-}
-
-/// Keeps the `count` most likely candidates and those as likely as the last of them; all for 0.
-fn keep_top_k(candidates: &mut Vec<Candidate>, count: usize) {
-    if count == 0 || count >= candidates.len() {
-        return;
-    }
-    let (_, last, _) = candidates.select_nth_unstable_by(count - 1, by_rank);
-    let least = last.logit;
-    candidates.retain(|candidate| candidate.logit >= least);
-    // The selection leaves an order that is nobody's promise.
-    candidates.sort_unstable_by_key(|candidate| candidate.token);
-}
-
-/// Keeps the most likely candidates whose probabilities reach `share` together, in the order of their rank.
-fn keep_top_p(candidates: &mut Vec<Candidate>, share: f64) {
-    let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
-    let mut sorted = 0;
-    let mut next = TOP_P_FIRST_TRY;
-    let mut reached = 0.0;
-    while sorted < candidates.len() {
-        let rest = &mut candidates[sorted..];
-        let count = next.min(rest.len());
-        if count < rest.len() {
-            rest.select_nth_unstable_by(count - 1, by_rank);
-        }
-        rest[..count].sort_unstable_by(by_rank);
-        for (index, candidate) in rest[..count].iter().enumerate() {
-            reached += candidate.weight;
-            if reached >= share * total {
-                candidates.truncate(sorted + index + 1);
-                return;
-            }
-        }
-        sorted += count;
-        next *= 8;
-    }
-}
-
-/// Draws one of the candidates by a number from 0 to below 1.
-fn draw(candidates: &[Candidate], uniform: f64) -> Choice {
-    let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
-    let mut left = uniform * total;
-    let mut chosen = None;
-    for candidate in candidates.iter().filter(|candidate| candidate.weight > 0.0) {
-        chosen = Some(candidate);
-        left -= candidate.weight;
-        if left < 0.0 {
-            break;
-        }
-    }
-    let chosen = chosen.expect("the most likely token passes every filter, with weight 1");
-    Choice { token: chosen.token, logprob: (chosen.weight / total).ln() }
+    assert!(!logits.is_empty(), "a model has at least one token");
+    let most = largest(logits);
+    (0..).zip(logits).find(|(_, logit)| **logit == most).map_or(0, |(token, _)| token)
 }
 
 /// Gives the random number of a position: from 0 to below 1, in steps of 2^-53.

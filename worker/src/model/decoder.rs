@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::attention::{Heads, LayerAttention};
+use super::attention::{self, Attention, Heads, LayerAttention, Vectors};
 use super::batch::Batch;
 use super::config::{Config, Mlp};
 use super::mlp::DenseMlp;
@@ -28,6 +28,7 @@ pub struct Decoder {
     weights: Weights,
     cpu: Cpu,
     rope: RopeTable,
+    attention: Attention,
     /// Layers computed so far: a decoder whose count stands still while it has work is hung.
     progress: Arc<AtomicU64>,
 }
@@ -52,7 +53,8 @@ impl Decoder {
     #[must_use]
     pub fn new(config: Config, weights: Weights, cpu: Cpu) -> Decoder {
         let rope = RopeTable::new(&config.rope);
-        Decoder { config, weights, cpu, rope, progress: Arc::default() }
+        let attention = Attention::new(Vectors::detect());
+        Decoder { config, weights, cpu, rope, attention, progress: Arc::default() }
     }
 
     /// Gives the model's configuration.
@@ -101,7 +103,7 @@ impl Decoder {
             Mlp::Dense(dense) => 2 * dense.intermediate_size as u64,
         };
         let per_row = 6 * hidden + 3 * projected + mlp + config.vocab_size as u64;
-        per_row * rows * size_of::<f32>() as u64
+        per_row * rows * size_of::<f32>() as u64 + attention::scratch_bytes(config, rows)
     }
 
     /// Computes a batch, writes its keys and values into the cache and returns the logits of its output rows.
@@ -140,10 +142,10 @@ impl Decoder {
         let mut normalised = vec![0.0; x.len()];
         let mut change = vec![0.0; x.len()];
         for (index, layer) in self.weights.layers.iter().enumerate() {
-            rms_norm(x, &layer.attention_norm, self.config.norm_eps, &mut normalised);
+            self.normalise(x, &layer.attention_norm, &mut normalised);
             self.attention(index, &mut step, &normalised, &mut change);
             add(x, &change);
-            rms_norm(x, &layer.mlp_norm, self.config.norm_eps, &mut normalised);
+            self.normalise(x, &layer.mlp_norm, &mut normalised);
             self.mlp(&layer.mlp, &normalised, &mut change);
             add(x, &change);
             self.progress.fetch_add(1, Ordering::Relaxed);
@@ -157,19 +159,23 @@ impl Decoder {
         let mut queries = self.project(&weights.q, x);
         let mut keys = self.project(&weights.k, x);
         let values = self.project(&weights.v, x);
-        rotate(&mut queries, heads.query, &step.rotation);
-        rotate(&mut keys, heads.kv, &step.rotation);
+        self.rotate(&mut queries, heads.query, &step.rotation);
+        self.rotate(&mut keys, heads.kv, &step.rotation);
         let width = heads.kv * heads.dim;
         let rows = step.batch.rows.iter().zip(keys.chunks_exact(width)).zip(values.chunks_exact(width));
         for ((row, key), value) in rows {
             step.cache.write(index, step.batch.blocks[row.sequence], row.position, key, value);
         }
         let mut attended = vec![0.0; queries.len()];
-        LayerAttention { cpu: &self.cpu, heads, sinks: &weights.sinks, cache: step.cache, layer: index }.attend(
-            step.batch,
-            &queries,
-            &mut attended,
-        );
+        LayerAttention {
+            cpu: &self.cpu,
+            attention: &self.attention,
+            heads,
+            sinks: &weights.sinks,
+            cache: step.cache,
+            layer: index,
+        }
+        .attend(step.batch, &queries, &mut attended);
         weights.o.apply(&self.cpu, &attended, out);
     }
 
@@ -201,6 +207,23 @@ impl Decoder {
         Mixture { cpu: &self.cpu, router, experts, used: config.per_token, activation }.run(x, out);
     }
 
+    /// Shapes: x, out: [batch, hidden].
+    fn normalise(&self, x: &[f32], weight: &[f32], out: &mut [f32]) {
+        let size = weight.len();
+        self.cpu.for_each_chunk(out, size, |row, out| {
+            rms_norm(&x[row * size..(row + 1) * size], weight, self.config.norm_eps, out);
+        });
+    }
+
+    /// Rotates every head by the angles of its row's position. Shapes: x: [batch, heads, head_dim].
+    fn rotate(&self, x: &mut [f32], heads: usize, rotation: &Rotation) {
+        let half = rotation.half;
+        self.cpu.for_each_chunk(x, heads * 2 * half, |row, x| {
+            let angles = row * half..(row + 1) * half;
+            rotate_row(x, &rotation.cos[angles.clone()], &rotation.sin[angles]);
+        });
+    }
+
     fn rotation(&self, batch: &Batch<'_>) -> Rotation {
         let half = self.config.head_dim / 2;
         let (mut cos, mut sin) = (vec![0.0; batch.rows.len() * half], vec![0.0; batch.rows.len() * half]);
@@ -215,7 +238,7 @@ impl Decoder {
         let wanted: Vec<f32> =
             batch.outputs.iter().flat_map(|row| &x[row * hidden..(row + 1) * hidden]).copied().collect();
         let mut normalised = vec![0.0; wanted.len()];
-        rms_norm(&wanted, &self.weights.final_norm, self.config.norm_eps, &mut normalised);
+        self.normalise(&wanted, &self.weights.final_norm, &mut normalised);
         let mut logits = vec![0.0; batch.outputs.len() * self.config.vocab_size];
         if !logits.is_empty() {
             self.cpu.matmul(&normalised, &self.weights.lm_head, None, &mut logits);
@@ -224,18 +247,14 @@ impl Decoder {
     }
 }
 
-/// Rotates the two halves of each head by the angles of its row's position.
+/// Rotates the two halves of each head of a row. Source: Su et al. 2021, "RoFormer", in the half-split pairing of GPT-NeoX.
 ///
-/// Shapes: x: [batch, heads, head_dim]. Source: Su et al. 2021, "RoFormer", in the half-split pairing of GPT-NeoX.
-fn rotate(x: &mut [f32], heads: usize, rotation: &Rotation) {
-    for (row, x) in x.chunks_exact_mut(heads * 2 * rotation.half).enumerate() {
-        let angles = row * rotation.half..(row + 1) * rotation.half;
-        let (cos, sin) = (&rotation.cos[angles.clone()], &rotation.sin[angles]);
-        for head in x.chunks_exact_mut(2 * rotation.half) {
-            let (first, second) = head.split_at_mut(rotation.half);
-            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
+/// Shapes: x: [heads, head_dim], cos, sin: [half].
+fn rotate_row(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for head in x.chunks_exact_mut(2 * cos.len()) {
+        let (first, second) = head.split_at_mut(cos.len());
+        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
 }
