@@ -2,8 +2,11 @@
 //!
 //! Owns: which template a folder has, the surroundings that transformers gives it, and the limits: fuel, which bounds its
 //! time and what it allocates; recursion; the length of what it writes. Refuses: other files (there is no loader), and what
-//! a template raises. One thing is not paid for: minijinja adds lists lazily, and a template that doubles one more than thirty
-//! times keeps its thread busy. Such a model ends its own worker, as a request without progress does. What clients write reaches the prompt as ordinary text only: see `guard`.
+//! a template raises. What clients write reaches the prompt as ordinary text only: see `guard`.
+//!
+//! Two things are not paid for in minijinja 3.1, and only a template can do them, never a message: a list that is nested a
+//! hundred thousand levels deep overflows the stack, which ends this worker and sets the request aside; and one that is
+//! added to itself more than thirty times is walked, and copied, for longer than anyone waits, on the thread that renders.
 //!
 //! Source: transformers 5, `utils/chat_template_utils.py` (`_compile_jinja_template`, `render_jinja_template`).
 
