@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bulkhead_shared::exit::WorkerExit;
-use bulkhead_shared::message::{DeviceChoice, Facts, LoadPlan};
+use bulkhead_shared::message::{Facts, LoadPlan};
 use bulkhead_shared::units::Bytes;
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -20,7 +20,9 @@ use crate::memory::{self, PlanError};
 use crate::model::config::{Config, ConfigError};
 use crate::model::decoder::Decoder;
 use crate::model::weights::{self, Progress, Quantize, Weights};
+use crate::prepare::Prepared;
 use crate::quant::cpu::Cpu;
+use crate::sandbox::Sandboxed;
 use crate::text::error::TextError;
 use crate::text::generation_config::GenerationConfig;
 use crate::text::tokenizer::Tokenizer;
@@ -93,21 +95,25 @@ pub struct Loaded {
     pub phases: Vec<(&'static str, f64)>,
 }
 
-/// Loads the model of a plan.
+/// Loads the model of a plan, with what was prepared for its device. The proof says that nothing was read before the walls.
 ///
 /// # Errors
 /// See `LoadError`.
-pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel, LoadError> {
+pub fn load(
+    _proof: &Sandboxed,
+    prepared: Prepared,
+    plan: &LoadPlan,
+    progress: &mut Progress<'_>,
+) -> Result<LoadedModel, LoadError> {
     let started = Instant::now();
     let dir = Path::new(&plan.model_dir);
     let checkpoint = Checkpoint::open(dir)?;
     let config = Config::read(dir)?;
     let tokenizer = Tokenizer::open(dir)?;
     let defaults = GenerationConfig::open(dir)?;
-    let cpu = Cpu::start(plan.threads as usize).map_err(LoadError::Thread)?;
     let weights = weights::load(&checkpoint, &config, Quantize::File, progress)?;
     let files = started.elapsed().as_secs_f64();
-    let (backend, mut loaded) = place(config, weights, cpu, plan, progress)?;
+    let (backend, mut loaded) = place(config, weights, prepared, plan, progress)?;
     loaded.phases.insert(0, ("files", files));
     Ok(LoadedModel { backend, tokenizer, defaults, loaded })
 }
@@ -115,18 +121,25 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
 /// Plans the memory of the plan's device and brings the weights there.
 ///
 /// # Errors
-/// `Plan`, `NoSuchDevice` and `Device`.
+/// `Plan` and `Device`.
+///
+/// # Panics
+/// When the plan is for another device than was prepared.
 pub fn place(
     config: Config,
     weights: Weights,
-    cpu: Cpu,
+    prepared: Prepared,
     plan: &LoadPlan,
     progress: &mut Progress<'_>,
 ) -> Result<(Backend, Loaded), LoadError> {
-    match plan.device {
-        DeviceChoice::Cpu => on_processor(config, weights, cpu, plan),
-        DeviceChoice::Cuda(index) => on_card(index, (config, weights, cpu), plan, progress),
+    assert_eq!(plan.device, prepared.device, "what was prepared is what is used");
+    #[cfg(feature = "cuda")]
+    if let Some(card) = prepared.card {
+        return crate::cuda::load(card, (config, weights, prepared.cpu), plan, progress);
     }
+    // Only a card has anything to report on the way.
+    let _ = progress;
+    on_processor(config, weights, prepared.cpu, plan)
 }
 
 fn on_processor(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> Result<(Backend, Loaded), LoadError> {
@@ -139,22 +152,4 @@ fn on_processor(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> 
     let given_up = facts.given_up.clone();
     let loaded = Loaded { facts, sequences: planned.sequences, given_up, phases: Vec::new() };
     Ok((Backend::cpu(decoder, cache), loaded))
-}
-
-type Model = (Config, Weights, Cpu);
-
-#[cfg(not(feature = "cuda"))]
-fn on_card(index: u32, _: Model, _: &LoadPlan, _: &mut Progress<'_>) -> Result<(Backend, Loaded), LoadError> {
-    Err(LoadError::NoSuchDevice(index))
-}
-
-#[cfg(feature = "cuda")]
-fn on_card(
-    index: u32,
-    (config, weights, cpu): Model,
-    plan: &LoadPlan,
-    progress: &mut Progress<'_>,
-) -> Result<(Backend, Loaded), LoadError> {
-    let card = crate::cuda::driver::Card::open(index)?;
-    crate::cuda::load(card, (config, weights, cpu), plan, progress)
 }

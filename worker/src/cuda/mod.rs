@@ -107,6 +107,24 @@ struct Results {
     logits: HostBuffer,
 }
 
+/// Opens a card and has it do a little of everything, so that its driver opens what it opens but once: the last filter of
+/// system calls comes next.
+///
+/// # Errors
+/// `Unusable` where the card or its driver cannot be used; the driver's.
+pub fn open(index: u32) -> Result<Card, DeviceError> {
+    const BYTES: u32 = 4096;
+    let card = Card::open(index)?;
+    let image = images::module(card.facts().capability, "norm");
+    let _module = card.load_module(&image.map_err(|error| DeviceError::Unusable(error.to_string()))?)?;
+    let (memory, host) =
+        (Memory::take(&card, BYTES.into(), "a first buffer")?, HostBuffer::take(&card, BYTES as usize)?);
+    memory.clear()?;
+    memory.copy_out(0, &host, 0, BYTES as usize)?;
+    card.wait()?;
+    Ok(card)
+}
+
 /// Loads a model onto a card.
 ///
 /// # Errors
