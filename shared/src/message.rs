@@ -8,11 +8,12 @@
 use bincode::{Decode, Encode};
 
 use crate::generate::Generate;
+use crate::layers::Layer;
 use crate::limits::{DETAIL_BYTES_MAX, DEVICE_BUDGET_MAX};
 use crate::units::{Bytes, RequestId};
 
 /// The version of everything in this crate. Both sides come from one build; a difference is refused at `Hello`.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// What a supervisor tells its worker.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
@@ -184,41 +185,6 @@ impl KvType {
         match self {
             KvType::Bf16 => "bf16",
             KvType::Int8 => "int8",
-        }
-    }
-}
-
-/// A layer of a worker's isolation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
-pub enum Layer {
-    /// The worker is killed when its supervisor dies.
-    ParentDeathSignal,
-    /// No new privileges through exec.
-    NoNewPrivileges,
-    /// Core dumps and file sizes are limited to nothing, descriptors to a few.
-    ResourceLimits,
-    /// Other processes of the same user cannot read its memory.
-    NotDumpable,
-    /// No environment variable was inherited.
-    EmptyEnvironment,
-    /// No descriptor beyond the link and standard error was inherited.
-    ClosedDescriptors,
-    /// Every capability set is empty.
-    NoCapabilities,
-}
-
-impl Layer {
-    /// Gives the word for logs and status lines.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Layer::ParentDeathSignal => "parent-death-signal",
-            Layer::NoNewPrivileges => "no-new-privileges",
-            Layer::ResourceLimits => "resource-limits",
-            Layer::NotDumpable => "not-dumpable",
-            Layer::EmptyEnvironment => "empty-environment",
-            Layer::ClosedDescriptors => "closed-descriptors",
-            Layer::NoCapabilities => "no-capabilities",
         }
     }
 }

@@ -14,6 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
 use bulkhead_shared::message::{Faults, KvType};
 use bulkhead_shared::units::Bytes;
@@ -65,6 +66,8 @@ pub(crate) const KEYS: &[Key] = &[
     key("hang_timeout", Kind::Duration { min: TENTH, max: DAY }, "30s", "time for which a worker may stand still"),
     key("worker", Kind::Path, "", "the worker's executable [bulkhead-worker beside this one]"),
     key("worker_cuda", Kind::Path, "", "the executable for cards [bulkhead-worker-cuda beside this one]"),
+    key("sandbox", Kind::Choice(&SandboxMode::WORDS), "full", "walls around a worker: full, best-effort, off, or log"),
+    key("landlock_abi_min", LANDLOCK, "1", "least interface of Landlock that is enough: 3 is Linux 6.2, 6 is 6.12"),
     key("runtime_dir", Kind::Path, "", "folder of the admin socket [$XDG_RUNTIME_DIR/bulkhead or like it]"),
     key("log.format", Kind::Choice(&["human", "json"]), "human", "form of the log"),
     key("log.level", Kind::Choice(&["error", "warn", "info", "debug", "trace"]), "info", "least level of the log"),
@@ -75,6 +78,7 @@ pub(crate) const KEYS: &[Key] = &[
     key("faults.hang_after_steps", Kind::Maybe, "", "for tests: steps after which a worker stands still [never]"),
 ];
 
+const LANDLOCK: Kind = Kind::Number { min: 1, max: 6 };
 const CONTEXT: Kind = Kind::Number { min: 0, max: CONTEXT_TOKENS_MAX as u64 };
 const KV_CACHE: Kind = Kind::Choice(&[KvType::Bf16.as_str(), KvType::Int8.as_str()]);
 const SEQUENCES: Kind = Kind::Number { min: 1, max: WORKER_REQUESTS_MAX as u64 };
@@ -125,6 +129,10 @@ pub struct Config {
     pub worker: PathBuf,
     /// The executable of the worker for cards, which need not be there.
     pub worker_cuda: PathBuf,
+    /// How much isolation a worker must have.
+    pub sandbox: SandboxMode,
+    /// The least interface of Landlock that is enough.
+    pub landlock_abi_min: u32,
     /// The folder of the admin socket.
     pub runtime_dir: PathBuf,
     /// The form of the log.
@@ -327,6 +335,8 @@ impl Settings {
             hang_timeout: self.duration("hang_timeout"),
             worker: self.path("worker").unwrap_or_else(paths::worker),
             worker_cuda: self.path("worker_cuda").unwrap_or_else(paths::worker_cuda),
+            sandbox: SandboxMode::from_word(self.text("sandbox")).expect("the table lists the words"),
+            landlock_abi_min: self.small("landlock_abi_min"),
             runtime_dir: self.path("runtime_dir").unwrap_or_else(|| paths::runtime_dir(environment)),
             log_format: if self.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Human },
             log_level: LogLevel(self.text("log.level").to_owned()),

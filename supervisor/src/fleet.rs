@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use bulkhead_shared::layers::SandboxMode;
 use tokio::sync::{mpsc, watch};
 
 use crate::child::lifecycle::State;
@@ -31,6 +32,8 @@ pub struct Fleet {
 /// What the fleet sees of a model's child, and how it speaks to it.
 #[derive(Debug)]
 pub struct Seen {
+    /// How much isolation its worker must have.
+    pub sandbox: SandboxMode,
     /// What is known about the child.
     pub status: watch::Receiver<Status>,
     /// What people want of it.
@@ -68,6 +71,12 @@ impl Fleet {
     pub fn new(model_id: String, aliases: Vec<String>, devices: Devices, seen: Seen, tickets: Arc<Tickets>) -> Fleet {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         Fleet { model_id, aliases, devices, created, tickets, seen }
+    }
+
+    /// Says how much isolation the worker must have.
+    #[must_use]
+    pub fn sandbox(&self) -> SandboxMode {
+        self.seen.sandbox
     }
 
     /// Finds the model of a name; without a name, the default one.

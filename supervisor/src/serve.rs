@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
 use bulkhead_shared::message::{DeviceChoice, LoadPlan};
 use bulkhead_shared::units::Bytes;
@@ -16,7 +17,7 @@ use crate::admin::command::Desk;
 use crate::admin::server::AdminSocket;
 use crate::admin::{self, AdminError};
 use crate::child::lifecycle::Settings;
-use crate::child::spawn::Spawner;
+use crate::child::spawn::{Spawner, Startup};
 use crate::child::{self, Control};
 use crate::config::paths::{self, PathError};
 use crate::config::{Config, DeviceSetting, Loaded};
@@ -87,6 +88,10 @@ pub async fn serve(loaded: Loaded, recent: Arc<Recent>) -> Result<Ended, StartEr
     let mut signals = Signals::new().map_err(|source| StartError::System { what: "take over signals", source })?;
     info!(address = %doors.address, model = config.model_id, folder = doors.model_dir, "bulkhead serves");
     warnings.iter().for_each(|warning| warn!("{warning}"));
+    if matches!(config.sandbox, SandboxMode::Off | SandboxMode::Log) {
+        let sandbox = config.sandbox.as_str();
+        warn!(sandbox, "workers have no walls: a hostile model or prompt can reach whatever this user can");
+    }
     let shutdown_timeout = config.shutdown_timeout;
     let devices = doors.devices.clone();
     let running = Running::start(config, doors, recent);
@@ -137,7 +142,13 @@ impl Doors {
         let address = listener.local_addr().map_err(listening)?;
         paths::make_runtime_dir(&config.runtime_dir)?;
         let admin = admin::server::open(&config.runtime_dir)?;
-        let spawner = Spawner::new(devices.clone(), config.device_memory);
+        let startup = Startup {
+            model_dir: model_dir.clone(),
+            threads: config.threads,
+            sandbox: config.sandbox,
+            landlock_abi_min: config.landlock_abi_min,
+        };
+        let spawner = Spawner::new(devices.clone(), config.device_memory, startup);
         let spawner = spawner.map_err(|source| StartError::System { what: "start a thread", source })?;
         Ok(Doors { model_dir, listener, address, admin, devices, spawner, closing, is_closing })
     }
@@ -162,7 +173,8 @@ impl Running {
         let tickets = Tickets::new(bounds(&config), config.request_timeout, metrics.clone());
         let plan = plan(&config, doors.model_dir);
         let child = child::start(doors.spawner.clone(), plan, settings(&config));
-        let seen = fleet::Seen { status: child.status, controls: child.controls.clone(), metrics };
+        let seen =
+            fleet::Seen { sandbox: config.sandbox, status: child.status, controls: child.controls.clone(), metrics };
         let fleet = Fleet::new(config.model_id, config.aliases, doors.devices, seen, tickets.clone());
         let fleet = Arc::new(fleet);
         let router = http::router(fleet.clone(), doors.address);

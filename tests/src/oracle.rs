@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use bulkhead_shared::message::DeviceChoice;
 use bulkhead_worker::eval::{DecoderPath, EvalArgs, ValueType, WeightChoice, run};
+use bulkhead_worker::prepare::Prepared;
+use bulkhead_worker::sandbox::Sandboxed;
 use serde_json::Value;
 
 use crate::checkpoint::Tensors;
@@ -71,7 +73,7 @@ pub fn evaluate(model: &Path, tokens: &[i64], ask: Ask) -> Result<Evaluated> {
     let Ask { quant, dtype, decoder_path, greedy } = ask;
     let (model, device) = (model.to_owned(), DeviceChoice::Cpu);
     let args = EvalArgs { model, input, output: output.clone(), quant, dtype, decoder_path, device, greedy };
-    run(&args)?;
+    run(&Sandboxed::without_walls(), Prepared::start(device, 0)?, &args)?;
     let tensors = Tensors::read(&output)?;
     let greedy = if greedy == 0 { Vec::new() } else { tensors.integers("greedy")? };
     Ok(Evaluated { logits: tensors.rows("logits")?, greedy })

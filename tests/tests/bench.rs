@@ -6,13 +6,21 @@ use anyhow::{Context, Result};
 use bulkhead_shared::message::DeviceChoice;
 use bulkhead_shared::units::Bytes;
 use bulkhead_tests::synth::{Format, Order, SHARD_BYTES_MAX, synthesize};
-use bulkhead_worker::bench::{BenchArgs, BenchError, run};
+use bulkhead_worker::bench::{self, BenchArgs, BenchError};
 use bulkhead_worker::checkpoint::Checkpoint;
 use bulkhead_worker::loader::LoadError;
 use bulkhead_worker::memory::PlanError;
 use bulkhead_worker::model::config::Config;
 use bulkhead_worker::model::weights::{Linear, Quantize, load};
+use bulkhead_worker::prepare::Prepared;
+use bulkhead_worker::sandbox::Sandboxed;
 use serde_json::Value;
+
+/// Runs the command in this process, which has no walls.
+fn run(args: &BenchArgs, out: &mut Vec<u8>) -> Result<(), BenchError> {
+    let prepared = Prepared::start(args.device, args.threads as usize)?;
+    bench::run(&Sandboxed::without_walls(), prepared, args, out)
+}
 
 fn model(folder: &Path) -> Result<PathBuf> {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/configs/tiny.json");

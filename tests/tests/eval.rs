@@ -5,7 +5,15 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use bulkhead_shared::message::DeviceChoice;
 use bulkhead_tests::oracle::{self, Ask, evaluate};
-use bulkhead_worker::eval::{DecoderPath, EvalArgs, EvalError, ValueType, WeightChoice, run};
+use bulkhead_worker::eval::{self, DecoderPath, EvalArgs, EvalError, ValueType, WeightChoice};
+use bulkhead_worker::prepare::Prepared;
+use bulkhead_worker::sandbox::Sandboxed;
+
+/// Runs the command in this process, which has no walls.
+#[expect(clippy::result_large_err, reason = "it is the command's own error")]
+fn run(args: &EvalArgs) -> Result<(), EvalError> {
+    eval::run(&Sandboxed::without_walls(), Prepared::start(args.device, 0)?, args)
+}
 
 struct Case {
     folder: tempfile::TempDir,

@@ -325,7 +325,7 @@ fn bulkheadctl_stops_starts_and_restarts() {
 #[test]
 fn each_end_of_a_worker_has_its_word_and_its_consequence() {
     for (signal, cause, state) in [
-        (Signal::SIGSYS, "crashed by SIGSYS", "FATAL"),
+        (Signal::SIGSYS, "sandbox violation", "FATAL"),
         (Signal::SIGABRT, "crashed by SIGABRT", "RUNNING"),
         (Signal::SIGTERM, "crashed by SIGTERM", "RUNNING"),
         (Signal::SIGKILL, "killed from outside", "RUNNING"),

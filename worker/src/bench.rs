@@ -12,9 +12,10 @@ mod measure;
 mod report;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
 use bulkhead_shared::message::{DeviceChoice, Facts, Faults, KvType, LoadPlan, MemoryKind};
 use bulkhead_shared::units::Bytes;
@@ -27,6 +28,8 @@ use crate::engine::backend::Backend;
 use crate::engine::pager::BLOCK_TOKENS;
 use crate::loader::{LoadError, LoadedModel, load};
 use crate::memory;
+use crate::prepare::Prepared;
+use crate::sandbox::{Grant, Sandboxed, Walls, of_model};
 
 /// The arguments of the command.
 #[derive(Args, Clone, Debug)]
@@ -117,23 +120,37 @@ pub enum BenchError {
     Print(#[source] io::Error),
 }
 
+/// Says what the command's walls leave open: the model, and what the kernel says of this process's memory.
+#[must_use]
+pub fn walls(args: &BenchArgs, mode: SandboxMode) -> Walls {
+    let mut grants = of_model(&args.model);
+    grants.push(Grant::read_file(Path::new("/proc/self/status")));
+    Walls::of_person(mode, args.device, grants)
+}
+
 /// Runs the command and writes what it measured to `out`.
 ///
 /// # Errors
 /// Each variant of `BenchError`.
-pub fn run(args: &BenchArgs, out: &mut impl io::Write) -> Result<(), BenchError> {
-    let report = measure(args)?;
+pub fn run(
+    proof: &Sandboxed,
+    prepared: Prepared,
+    args: &BenchArgs,
+    out: &mut impl io::Write,
+) -> Result<(), BenchError> {
+    let report = measure(proof, prepared, args)?;
     if args.json { report.write_json(out) } else { report.write_table(out) }.map_err(BenchError::Print)
 }
 
 /// Loads the model and measures everything.
-fn measure(args: &BenchArgs) -> Result<Report, BenchError> {
+fn measure(proof: &Sandboxed, prepared: Prepared, args: &BenchArgs) -> Result<Report, BenchError> {
     let (depth, generate) = (args.depth, args.generate);
     let behind = depth.checked_add(generate).ok_or(BenchError::ContextTooLong { depth, generate })?;
     let tokens = behind.max(args.prompt);
     let started = Instant::now();
+    let plan = plan(args, tokens)?;
     let LoadedModel { mut backend, tokenizer: _, chat: _, defaults: _, loaded } =
-        load(&plan(args, tokens)?, &mut |_, _, _| {})?;
+        load(proof, prepared, &plan, &mut |_, _, _| {})?;
     let load_seconds = started.elapsed().as_secs_f64();
     check_room(args.batch, tokens, &loaded.facts)?;
 

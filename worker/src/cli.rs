@@ -2,21 +2,29 @@
 //!
 //! Errors become exit codes here and nowhere else. A panic ends the process at once: the supervisor starts another one.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use bulkhead_shared::exit::WorkerExit;
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::message::DeviceChoice;
 use clap::{Args, Parser, Subcommand};
 use tracing::error;
 
-use crate::device::parse_device;
-use crate::{bench, eval, plan, sandbox, serve};
+use crate::device::{parse_device, parse_sandbox};
+use crate::prepare::{self, Prepared};
+use crate::sandbox::{Sandboxed, Starter, Walls, of_model};
+use crate::serve::ServeError;
+use crate::{bench, eval, plan, serve};
 
 /// The process that holds a model. `bulkhead` starts it; by hand it computes logits for comparison,
 /// and measures speed.
 #[derive(Debug, Parser)]
 #[command(name = "bulkhead-worker", version, arg_required_else_help = true)]
 struct Cli {
+    /// The walls around whatever reads a model: full, best-effort, off, or log to name missing system calls
+    #[arg(long, value_name = "MODE", default_value = "full", global = true, value_parser = parse_sandbox)]
+    sandbox: SandboxMode,
     #[command(subcommand)]
     command: Command,
 }
@@ -37,23 +45,61 @@ enum Command {
 }
 
 /// The arguments of `serve`.
-#[derive(Args, Clone, Copy, Debug)]
+#[derive(Args, Clone, Debug)]
 struct ServeArgs {
+    /// The folder of the model that may be read
+    #[arg(long, value_name = "DIR")]
+    model: String,
     /// Where the model will compute: cpu or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
     device: DeviceChoice,
+    /// Threads that compute; 0 is one per core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    threads: u32,
+    /// The process that started this one, with which it ends
+    #[arg(long, value_name = "PID")]
+    supervisor: i32,
+    /// The least interface of Landlock that is enough
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    landlock_abi_min: u32,
 }
 
 /// Does what the arguments of the process say, and gives its exit code.
 pub fn main() -> ExitCode {
     end_at_panic();
-    match Cli::parse().command {
-        Command::Serve(args) => serve(args.device),
-        Command::Eval(args) => end_by_hand(eval::run(&args)),
+    let Cli { command, sandbox } = Cli::parse();
+    match command {
+        Command::Serve(args) => serve(&args, sandbox),
+        Command::Eval(args) => {
+            behind_walls(eval::walls(&args, sandbox), 0, |proof, prepared| eval::run(proof, prepared, &args))
+        }
         #[cfg(feature = "cuda")]
         Command::Devices(args) => end_by_hand(crate::cuda::devices::run(&args, &mut std::io::stdout())),
-        Command::Plan(args) => end_by_hand(plan::run(&args, &mut std::io::stdout())),
-        Command::Bench(args) => end_by_hand(bench::run(&args, &mut std::io::stdout())),
+        Command::Plan(args) => {
+            behind_walls(plan::walls(&args, sandbox), 1, |proof, _| plan::run(proof, &args, &mut std::io::stdout()))
+        }
+        Command::Bench(args) => behind_walls(bench::walls(&args, sandbox), args.threads, |proof, prepared| {
+            bench::run(proof, prepared, &args, &mut std::io::stdout())
+        }),
+    }
+}
+
+/// Runs a command that a person started behind its walls.
+fn behind_walls<E: std::fmt::Display>(
+    walls: Walls,
+    threads: u32,
+    run: impl FnOnce(&Sandboxed, Prepared) -> Result<(), E>,
+) -> ExitCode {
+    let (sealed, prepared) = match prepare::behind_walls(walls, threads as usize) {
+        Ok(both) => both,
+        Err(error) => return end_by_hand(Err(error)),
+    };
+    for refused in sealed.refused() {
+        eprintln!("bulkhead-worker: {refused}");
+    }
+    match sealed.demand() {
+        Ok(proof) => end_by_hand(run(&proof, prepared)),
+        Err(_) => ExitCode::from(WorkerExit::SandboxIncomplete.code()),
     }
 }
 
@@ -68,22 +114,22 @@ fn end_by_hand(result: Result<(), impl std::fmt::Display>) -> ExitCode {
     }
 }
 
-fn serve(device: DeviceChoice) -> ExitCode {
+fn serve(args: &ServeArgs, mode: SandboxMode) -> ExitCode {
     // The supervisor puts time and incarnation in front of each line that it carries on.
     let format = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).without_time();
     format.with_max_level(tracing::Level::INFO).with_target(false).init();
-    let exit = match sandbox::enter() {
-        Err(refused) => {
-            error!(%refused, "the worker does not start");
-            WorkerExit::SandboxIncomplete
+    let walls = Walls {
+        starter: Starter::Supervisor(args.supervisor),
+        landlock_abi_min: args.landlock_abi_min,
+        ..Walls::of_person(mode, args.device, of_model(Path::new(&args.model)))
+    };
+    let served = prepare::behind_walls(walls, args.threads as usize).map_err(ServeError::from);
+    let exit = match served.and_then(|(sealed, prepared)| serve::run(sealed, prepared, &args.model)) {
+        Ok(()) => WorkerExit::Orderly,
+        Err(end) => {
+            error!(%end, "the worker ends");
+            end.exit()
         }
-        Ok(proof) => match serve::run(&proof, device) {
-            Ok(()) => WorkerExit::Orderly,
-            Err(end) => {
-                error!(%end, "the worker ends");
-                end.exit()
-            }
-        },
     };
     ExitCode::from(exit.code())
 }

@@ -4,6 +4,7 @@
 //! processor none of them occurs.
 
 use bulkhead_shared::exit::WorkerExit;
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::message::DeviceChoice;
 use bulkhead_shared::units::Bytes;
 
@@ -33,6 +34,14 @@ pub fn parse_memory(text: &str) -> Result<Bytes, String> {
     };
     let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
     bytes.map(Bytes).ok_or_else(|| format!("{text:?} is no amount of memory: use a whole number of GiB or MiB, or 0"))
+}
+
+/// Reads how much isolation is asked for.
+///
+/// # Errors
+/// A sentence for whoever wrote it.
+pub fn parse_sandbox(text: &str) -> Result<SandboxMode, String> {
+    SandboxMode::from_word(text).ok_or_else(|| format!("{text:?} is none of {}", SandboxMode::WORDS.join(", ")))
 }
 
 /// Why a device cannot go on.

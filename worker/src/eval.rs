@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum};
@@ -23,7 +24,8 @@ use crate::model::batch::Role;
 use crate::model::config::{Config, ConfigError};
 use crate::model::reference::{Precision, Reference};
 use crate::model::weights::{Quantize, Weights, load};
-use crate::quant::cpu::Cpu;
+use crate::prepare::Prepared;
+use crate::sandbox::{Grant, Sandboxed, Walls, of_model};
 
 /// Bytes of the input file, at most.
 const INPUT_BYTES_MAX: u64 = 64 << 20;
@@ -141,9 +143,6 @@ pub enum EvalError {
     /// The memory or the device.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// The system refused threads.
-    #[error("threads could not be started: {0}")]
-    Threads(#[source] rayon::ThreadPoolBuildError),
     /// The tensor library refused an operation.
     #[error("computing the logits failed: {0}")]
     Compute(#[source] candle_core::Error),
@@ -189,11 +188,21 @@ struct Computed {
     greedy: Vec<i64>,
 }
 
+/// Says what the command's walls leave open: the model, the input, and the output's folder.
+#[must_use]
+pub fn walls(args: &EvalArgs, mode: SandboxMode) -> Walls {
+    let mut grants = of_model(&args.model);
+    grants.push(Grant::read_file(&args.input));
+    let folder = args.output.parent().filter(|folder| !folder.as_os_str().is_empty());
+    grants.push(Grant::write_folder(folder.unwrap_or(Path::new("."))));
+    Walls { writes: true, ..Walls::of_person(mode, args.device, grants) }
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// Each variant of `EvalError`; the output is written only when everything before went well.
-pub fn run(args: &EvalArgs) -> Result<(), EvalError> {
+pub fn run(_proof: &Sandboxed, prepared: Prepared, args: &EvalArgs) -> Result<(), EvalError> {
     check_output(&args.output)?;
     let config = Config::read(&args.model)?;
     let tokens = read_tokens(&args.input, &config)?;
@@ -214,7 +223,7 @@ pub fn run(args: &EvalArgs) -> Result<(), EvalError> {
     let vocab_size = config.vocab_size;
     let computed = match args.decoder_path {
         DecoderPath::Reference => reference_path(args, &config, &weights, &tokens)?,
-        DecoderPath::Fast => fast_path(args, config, weights, &tokens)?,
+        DecoderPath::Fast => fast_path(args, prepared, (config, weights), &tokens)?,
     };
     write_output(&args.output, &computed, tokens.len(), vocab_size)
 }
@@ -250,13 +259,17 @@ fn reference_path(args: &EvalArgs, config: &Config, weights: &Weights, tokens: &
 }
 
 /// Computes with the decoder that is served, which keeps keys and values in bf16 and everything else in f32.
-fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) -> Result<Computed, EvalError> {
+fn fast_path(
+    args: &EvalArgs,
+    prepared: Prepared,
+    (config, weights): (Config, Weights),
+    tokens: &[u32],
+) -> Result<Computed, EvalError> {
     if args.dtype == ValueType::Bf16 {
         return Err(EvalError::FastInBf16);
     }
     let (greedy, vocab_size) = (args.greedy, config.vocab_size);
     let length = u32::try_from(tokens.len() + greedy).expect("the limit on tokens is below u32");
-    let cpu = Cpu::start(0).map_err(EvalError::Threads)?;
     let plan = LoadPlan {
         model_dir: String::new(),
         device: args.device,
@@ -269,7 +282,7 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
         kv_type: KvType::Bf16,
         faults: Faults::default(),
     };
-    let (mut backend, _) = place(config, weights, cpu, &plan, &mut |_, _, _| {})?;
+    let (mut backend, _) = place(config, weights, prepared, &plan, &mut |_, _, _| {})?;
     let mut sequence = Single::new(&mut backend);
     let mut role = Role::Prompt;
     compute(greedy, vocab_size, tokens, |tokens| {
@@ -346,10 +359,7 @@ fn write_output(file: &Path, computed: &Computed, tokens: usize, vocab_size: usi
         let view = TensorView::new(Dtype::I64, vec![computed.greedy.len()], &greedy).map_err(encode_error)?;
         tensors.insert("greedy", view);
     }
-    safetensors::serialize_to_file(tensors, None, file).map_err(|error| {
-        if let SafeTensorError::IoError(source) = error {
-            return EvalError::Output { file: file.to_owned(), source };
-        }
-        encode_error(error)
-    })
+    // Not by way of a file beside it that is renamed: the walls let files be made, and none be removed.
+    let bytes = safetensors::serialize(tensors, None).map_err(encode_error)?;
+    std::fs::write(file, bytes).map_err(|source| EvalError::Output { file: file.to_owned(), source })
 }

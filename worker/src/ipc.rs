@@ -13,7 +13,7 @@ use bulkhead_shared::limits::{FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES
 use bulkhead_shared::message::{FromWorker, ToWorker};
 use crossbeam_channel::{Receiver, Sender};
 
-use crate::sandbox::Sandboxed;
+use crate::sandbox::Sealed;
 
 /// Frames that may wait to be written. The supervisor reads without ever waiting for a client, so this fills up only when
 /// the machine is very busy; the engine waits then.
@@ -56,11 +56,11 @@ impl Outbound {
     }
 }
 
-/// Opens the link and starts the thread that writes.
+/// Opens the link and starts the thread that writes. The proof says that no frame is read before the walls.
 ///
 /// # Errors
 /// `NotASocket` when standard input is something else; `Io` when it cannot be duplicated.
-pub fn open(_proof: &Sandboxed) -> Result<(Inbound, Outbound), LinkError> {
+pub fn open(_proof: &Sealed) -> Result<(Inbound, Outbound), LinkError> {
     let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     stream.peer_addr().map_err(LinkError::NotASocket)?;
     let writing = stream.try_clone()?;

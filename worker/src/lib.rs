@@ -17,6 +17,7 @@ pub mod loader;
 pub mod memory;
 pub mod model;
 pub mod plan;
+pub mod prepare;
 pub mod quant;
 pub mod sandbox;
 pub mod serve;

@@ -20,7 +20,9 @@ use crate::memory::{self, PlanError};
 use crate::model::config::{Architecture, Config, ConfigError};
 use crate::model::decoder::Decoder;
 use crate::model::weights::{self, Progress, Quantize, Weights};
+use crate::prepare::Prepared;
 use crate::quant::cpu::Cpu;
+use crate::sandbox::Sandboxed;
 use crate::text::chat::{ChatFormat, ChatSource};
 use crate::text::error::TextError;
 use crate::text::generation_config::GenerationConfig;
@@ -56,16 +58,6 @@ pub enum LoadError {
 }
 
 impl LoadError {
-    /// Says whether another device might do: the card, or its memory, does not suit the model.
-    fn is_for_want_of_a_card(&self) -> bool {
-        matches!(
-            self,
-            LoadError::NoSuchDevice(_)
-                | LoadError::Device(DeviceError::Unusable(_))
-                | LoadError::Plan(PlanError::CardTooSmall { .. } | PlanError::HostTooSmall { .. })
-        )
-    }
-
     /// Gives the exit code by which the supervisor tells the cause.
     #[must_use]
     pub fn exit(&self) -> WorkerExit {
@@ -106,11 +98,16 @@ pub struct Loaded {
     pub phases: Vec<(&'static str, f64)>,
 }
 
-/// Loads the model of a plan.
+/// Loads the model of a plan, with what was prepared for its device. The proof says that nothing was read before the walls.
 ///
 /// # Errors
 /// See `LoadError`.
-pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel, LoadError> {
+pub fn load(
+    _proof: &Sandboxed,
+    prepared: Prepared,
+    plan: &LoadPlan,
+    progress: &mut Progress<'_>,
+) -> Result<LoadedModel, LoadError> {
     let started = Instant::now();
     let dir = Path::new(&plan.model_dir);
     let checkpoint = Checkpoint::open(dir)?;
@@ -122,10 +119,9 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
     };
     let chat = ChatFormat::open(conversations, dir, &tokenizer)?;
     let defaults = GenerationConfig::open(dir)?;
-    let cpu = Cpu::start(plan.threads as usize).map_err(LoadError::Thread)?;
     let weights = weights::load(&checkpoint, &config, Quantize::File, progress)?;
     let files = started.elapsed().as_secs_f64();
-    let (backend, mut loaded) = place(config, weights, cpu, plan, progress)?;
+    let (backend, mut loaded) = place(config, weights, prepared, plan, progress)?;
     loaded.phases.insert(0, ("files", files));
     Ok(LoadedModel { backend, tokenizer, chat, defaults, loaded })
 }
@@ -135,32 +131,35 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
 /// A model that the card cannot take goes to the processor where the plan allows it, and the facts say so.
 ///
 /// # Errors
-/// `Plan`, `NoSuchDevice` and `Device`.
+/// `Plan` and `Device`.
+///
+/// # Panics
+/// When the plan is for another device than was prepared.
 pub fn place(
     config: Config,
     weights: Weights,
-    cpu: Cpu,
+    prepared: Prepared,
     plan: &LoadPlan,
     progress: &mut Progress<'_>,
 ) -> Result<(Backend, Loaded), LoadError> {
-    let index = match plan.device {
-        DeviceChoice::Cpu => return on_processor(config, weights, cpu, plan),
-        DeviceChoice::Cuda(index) => index,
-    };
-    if !plan.may_use_processor {
-        return on_card(index, (config, weights, cpu), plan, progress);
+    assert_eq!(plan.device, prepared.device, "what was prepared is what is used");
+    #[cfg(feature = "cuda")]
+    if let Some(card) = prepared.card {
+        let reason = match crate::cuda::plan(&card, &config, &weights, plan) {
+            Ok(planned) => return crate::cuda::load(card, (config, weights, prepared.cpu), &planned, progress),
+            Err(error) if plan.may_use_processor => format!("the card: {error}"),
+            Err(error) => return Err(error.into()),
+        };
+        // The type of keys and values was chosen for the card.
+        let plan = LoadPlan { device: DeviceChoice::Cpu, kv_type: KvType::Bf16, ..plan.clone() };
+        let (backend, mut loaded) = on_processor(config, weights, prepared.cpu, &plan)?;
+        loaded.facts.given_up.insert(0, reason.clone());
+        loaded.given_up.insert(0, reason);
+        return Ok((backend, loaded));
     }
-    let reason = match on_card(index, (config.clone(), weights.clone(), cpu), plan, progress) {
-        Err(error) if error.is_for_want_of_a_card() => error.to_string(),
-        placed => return placed,
-    };
-    // The type of keys and values was chosen for the card.
-    let plan = LoadPlan { device: DeviceChoice::Cpu, kv_type: KvType::Bf16, ..plan.clone() };
-    let cpu = Cpu::start(plan.threads as usize).map_err(LoadError::Thread)?;
-    let (backend, mut loaded) = on_processor(config, weights, cpu, &plan)?;
-    loaded.facts.given_up.insert(0, format!("the card: {reason}"));
-    loaded.given_up.insert(0, format!("the card: {reason}"));
-    Ok((backend, loaded))
+    // Only a card has anything to report on the way.
+    let _ = progress;
+    on_processor(config, weights, prepared.cpu, plan)
 }
 
 fn on_processor(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> Result<(Backend, Loaded), LoadError> {
@@ -173,22 +172,4 @@ fn on_processor(config: Config, weights: Weights, cpu: Cpu, plan: &LoadPlan) -> 
     let given_up = facts.given_up.clone();
     let loaded = Loaded { facts, sequences: planned.sequences, given_up, phases: Vec::new() };
     Ok((Backend::cpu(decoder, cache), loaded))
-}
-
-type Model = (Config, Weights, Cpu);
-
-#[cfg(not(feature = "cuda"))]
-fn on_card(index: u32, _: Model, _: &LoadPlan, _: &mut Progress<'_>) -> Result<(Backend, Loaded), LoadError> {
-    Err(LoadError::NoSuchDevice(index))
-}
-
-#[cfg(feature = "cuda")]
-fn on_card(
-    index: u32,
-    (config, weights, cpu): Model,
-    plan: &LoadPlan,
-    progress: &mut Progress<'_>,
-) -> Result<(Backend, Loaded), LoadError> {
-    let card = crate::cuda::driver::Card::open(index)?;
-    crate::cuda::load(card, (config, weights, cpu), plan, progress)
 }

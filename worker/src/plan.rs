@@ -8,6 +8,7 @@ mod processor;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
 use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan, device_budget};
 use bulkhead_shared::units::Bytes;
@@ -19,6 +20,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, read_limited};
 use crate::memory::card::{CardLimits, CardPlan, WeightSizes, plan_card, sizes_in, sizes_of};
 use crate::memory::{PlanError, available_memory};
 use crate::model::config::{Architecture, Config, ConfigError, Quantization};
+use crate::sandbox::{Grant, Sandboxed, Walls, of_model};
 
 /// Cards that are planned for when none is named. Units: GiB.
 const CARDS_DEFAULT: [f64; 4] = [8.0, 12.0, 16.0, 24.0];
@@ -113,11 +115,19 @@ fn bytes(gib: f64) -> Bytes {
     Bytes((gib * GIB) as u64)
 }
 
+/// Says what the command's walls leave open: the model's folder, or the lone file.
+#[must_use]
+pub fn walls(args: &PlanArgs, mode: SandboxMode) -> Walls {
+    let mut grants: Vec<Grant> = args.folder.iter().chain(&args.model).flat_map(|folder| of_model(folder)).collect();
+    grants.extend(args.config.iter().map(|config| Grant::read_file(config)));
+    Walls::of_person(mode, DeviceChoice::Cpu, grants)
+}
+
 /// Runs the command and writes the plans to `out`.
 ///
 /// # Errors
 /// Each variant of `PlanCommandError`.
-pub fn run(args: &PlanArgs, out: &mut impl io::Write) -> Result<(), PlanCommandError> {
+pub fn run(_proof: &Sandboxed, args: &PlanArgs, out: &mut impl io::Write) -> Result<(), PlanCommandError> {
     let model = Model::read(args)?;
     let host_available = args.host.map(bytes).or_else(available_memory).unwrap_or(Bytes(0));
     let cards = if args.vram.is_empty() { &CARDS_DEFAULT[..] } else { &args.vram };

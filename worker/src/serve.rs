@@ -23,7 +23,8 @@ use crate::engine::intake::{Arrival, Intake};
 use crate::engine::{Engine, EngineError, EngineLimits, Status};
 use crate::ipc::{self, Inbound, LinkError};
 use crate::loader::{self, LoadError, Loaded, LoadedModel};
-use crate::sandbox::Sandboxed;
+use crate::prepare::Prepared;
+use crate::sandbox::{SandboxError, Sandboxed, Sealed};
 use crate::text::chat::ChatFormat;
 
 /// The least time between two reports of a load's progress.
@@ -49,6 +50,17 @@ pub enum ServeError {
         /// By the plan.
         planned: DeviceChoice,
     },
+    /// A plan for another folder than the one that was named when the worker was started.
+    #[error("the plan is for the model in {planned:?}, and the worker was started for {started_for:?}")]
+    OtherModel {
+        /// By the command line, before the walls.
+        started_for: String,
+        /// By the plan.
+        planned: String,
+    },
+    /// A layer that was asked for is not in force.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The load.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -68,7 +80,9 @@ impl ServeError {
             ServeError::Link(_)
             | ServeError::OutOfTurn(_)
             | ServeError::TooManyRequests
-            | ServeError::OtherDevice { .. } => WorkerExit::Protocol,
+            | ServeError::OtherDevice { .. }
+            | ServeError::OtherModel { .. } => WorkerExit::Protocol,
+            ServeError::Sandbox(_) => WorkerExit::SandboxIncomplete,
             ServeError::Load(error) => error.exit(),
             ServeError::Thread(_) => WorkerExit::OutOfHostMemory,
             ServeError::Engine(EngineError::NonFinite(_)) => WorkerExit::NonFinite,
@@ -79,32 +93,40 @@ impl ServeError {
 }
 
 /// A model with everything that requests need.
-struct Prepared {
+struct Model {
     backend: Backend,
     intake: Intake,
     sequences_max: usize,
     ready: FromWorker,
 }
 
-/// Serves one model on this device until the supervisor closes the link.
+/// Serves the model in this folder until the supervisor closes the link.
 ///
 /// Blocking: for the life of the worker.
 ///
 /// # Errors
 /// Each names what ended the worker; `exit` gives its code.
-pub fn run(proof: &Sandboxed, device: DeviceChoice) -> Result<(), ServeError> {
-    let (mut inbound, outbound) = ipc::open(proof)?;
-    say(&outbound.outbox, FromWorker::Hello { version: PROTOCOL_VERSION, layers: proof.layers().to_vec() });
-    let plan = match inbound.read()? {
-        Some(ToWorker::Load(plan)) if plan.device == device => plan,
-        Some(ToWorker::Load(plan)) => {
-            return Err(ServeError::OtherDevice { started_for: device, planned: plan.device });
+pub fn run(sealed: Sealed, prepared: Prepared, model_dir: &str) -> Result<(), ServeError> {
+    let (mut inbound, outbound) = ipc::open(&sealed)?;
+    for refused in sealed.refused() {
+        warn!(%refused, "a wall is missing");
+    }
+    say(&outbound.outbox, FromWorker::Hello { version: PROTOCOL_VERSION, layers: sealed.layers().to_vec() });
+    let proof = match sealed.demand() {
+        Ok(proof) => proof,
+        Err(error) => {
+            outbound.flush();
+            return Err(error.into());
         }
+    };
+    let plan = match inbound.read()? {
+        Some(ToWorker::Load(plan)) => plan,
         Some(_) => return Err(ServeError::OutOfTurn("a message before Load")),
         None => return Ok(()),
     };
-    let prepared = match load(&plan, &outbound.outbox) {
-        Ok(prepared) => prepared,
+    check_plan(&plan, &prepared, model_dir)?;
+    let model = match load(&proof, prepared, &plan, &outbound.outbox) {
+        Ok(model) => model,
         Err(error) => {
             say(&outbound.outbox, FromWorker::LoadFailed { detail: detail(&error.to_string()) });
             outbound.flush();
@@ -113,18 +135,36 @@ pub fn run(proof: &Sandboxed, device: DeviceChoice) -> Result<(), ServeError> {
     };
     let faults = Faults::new(plan.faults);
     let outbox = outbound.outbox;
-    Running::start(prepared, faults, &inbound, &outbox)?.read_until_end(&mut inbound, &outbox)
+    Running::start(model, faults, &inbound, &outbox)?.read_until_end(&mut inbound, &outbox)
 }
 
-fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Prepared, ServeError> {
+/// Checks that a plan is for what the worker was started for: its walls were built for that.
+fn check_plan(plan: &LoadPlan, prepared: &Prepared, model_dir: &str) -> Result<(), ServeError> {
+    if plan.device != prepared.device {
+        return Err(ServeError::OtherDevice { started_for: prepared.device, planned: plan.device });
+    }
+    if plan.model_dir != model_dir {
+        let (started_for, planned) = (model_dir.to_owned(), plan.model_dir.clone());
+        return Err(ServeError::OtherModel { started_for, planned });
+    }
+    Ok(())
+}
+
+fn load(
+    proof: &Sandboxed,
+    prepared: Prepared,
+    plan: &LoadPlan,
+    outbox: &Sender<FromWorker>,
+) -> Result<Model, ServeError> {
     let mut reported = None;
-    let LoadedModel { backend, tokenizer, chat, defaults, loaded } = loader::load(plan, &mut |done, total, what| {
-        let due = reported.is_none_or(|at: Instant| at.elapsed() >= PROGRESS_INTERVAL) || done == total;
-        if due {
-            reported = Some(Instant::now());
-            say(outbox, FromWorker::Progress { done: Bytes(done), total: Bytes(total), what: detail(what) });
-        }
-    })?;
+    let LoadedModel { backend, tokenizer, chat, defaults, loaded } =
+        loader::load(proof, prepared, plan, &mut |done, total, what| {
+            let due = reported.is_none_or(|at: Instant| at.elapsed() >= PROGRESS_INTERVAL) || done == total;
+            if due {
+                reported = Some(Instant::now());
+                say(outbox, FromWorker::Progress { done: Bytes(done), total: Bytes(total), what: detail(what) });
+            }
+        })?;
     for what in &loaded.given_up {
         warn!(what, "the plan gave something up to fit memory");
     }
@@ -142,7 +182,7 @@ fn load(plan: &LoadPlan, outbox: &Sender<FromWorker>) -> Result<Prepared, ServeE
         context_tokens: facts.context_tokens,
         vocabulary: facts.vocabulary,
     };
-    Ok(Prepared { backend, intake, sequences_max: sequences as usize, ready: FromWorker::Ready(facts) })
+    Ok(Model { backend, intake, sequences_max: sequences as usize, ready: FromWorker::Ready(facts) })
 }
 
 /// A worker that takes requests.
@@ -159,19 +199,19 @@ struct Running {
 
 impl Running {
     fn start(
-        prepared: Prepared,
+        model: Model,
         faults: Faults,
         inbound: &Inbound,
         outbox: &Sender<FromWorker>,
     ) -> Result<Running, ServeError> {
         let (sequence_sender, sequences) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
         let (arrivals, arrived) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
-        prepared.intake.start(&arrived, &sequence_sender, outbox).map_err(ServeError::Thread)?;
+        model.intake.start(&arrived, &sequence_sender, outbox).map_err(ServeError::Thread)?;
         let status = Arc::new(Status::default());
-        let limits = EngineLimits { sequences_max: prepared.sequences_max, faults };
+        let limits = EngineLimits { sequences_max: model.sequences_max, faults };
         let channels = (sequences, outbox.clone());
-        let progress = prepared.backend.progress();
-        let engine = Engine::new(prepared.backend, limits, Arc::clone(&status), channels);
+        let progress = model.backend.progress();
+        let engine = Engine::new(model.backend, limits, Arc::clone(&status), channels);
         let engine_end = Arc::new(Mutex::new(None));
         let (end, closer) = (Arc::clone(&engine_end), inbound.closer()?);
         let run = move || {
@@ -182,7 +222,7 @@ impl Running {
             }
         };
         std::thread::Builder::new().name("engine".into()).spawn(run).map_err(ServeError::Thread)?;
-        say(outbox, prepared.ready);
+        say(outbox, model.ready);
         Ok(Running { progress, status, arrivals, cancels: HashMap::new(), engine_end })
     }
 

@@ -214,7 +214,14 @@ fn circumstances(worker: &Value) -> Vec<String> {
     };
     let clauses: Vec<&str> = worker["given_up"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     let given_up = (!clauses.is_empty()).then(|| format!("to fit in memory: {}", clauses.join("; ")));
-    place.into_iter().chain(given_up).collect()
+    let sandbox = worker["sandbox"].as_str().filter(|word| *word != "full");
+    let missing: Vec<&str> =
+        worker["isolation_missing"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let sandbox = sandbox.map(|word| match missing.as_slice() {
+        [] => format!("sandbox: {word}"),
+        missing => format!("sandbox: {word}, without {}", missing.join(", ")),
+    });
+    place.into_iter().chain(given_up).chain(sandbox).collect()
 }
 
 /// Asks one thing.
@@ -288,6 +295,9 @@ mod tests {
         let cpu = json!({"device": "cpu (avx2)", "device_reason": "there is no CUDA device", "given_up": []});
         assert_eq!(circumstances(&cpu), ["on cpu (avx2): there is no CUDA device"]);
         assert_eq!(circumstances(&json!({"device_reason": "is asked"})), ["is asked"]);
+        assert_eq!(circumstances(&json!({"sandbox": "full"})), Vec::<String>::new());
+        let off = json!({"sandbox": "off", "isolation_missing": ["landlock-files", "not-dumpable"]});
+        assert_eq!(circumstances(&off), ["sandbox: off, without landlock-files, not-dumpable"]);
         assert!(circumstances(&json!({})).is_empty());
     }
 

@@ -22,6 +22,8 @@ pub enum KillReason {
     Protocol,
     /// It speaks another version of the protocol: no restart will help.
     Version,
+    /// It stands behind fewer walls than it must: no restart will help.
+    Sandbox,
     /// It could not answer the first token that was asked of it.
     Canary,
     /// It closed its link and stayed.
@@ -42,6 +44,7 @@ impl KillReason {
             KillReason::Hang => "killed: it hung",
             KillReason::Protocol => "killed: it broke the protocol",
             KillReason::Version => "killed: it speaks another version of the protocol",
+            KillReason::Sandbox => "refused: it has less sandbox than it must",
             KillReason::Canary => "killed: it could not generate its first token",
             KillReason::LinkClosed => "killed: it closed its link and stayed",
             KillReason::StopTimeout => "killed: it did not end in time",
@@ -86,7 +89,9 @@ impl Cause {
     #[must_use]
     pub(crate) fn tell(status: ExitStatus, killed: Option<KillReason>, sign: Sign) -> Cause {
         match (killed, status.code(), status.signal()) {
-            (Some(reason @ (KillReason::Protocol | KillReason::Version)), _, _) => Cause::Killed(reason),
+            (Some(reason @ (KillReason::Protocol | KillReason::Version | KillReason::Sandbox)), _, _) => {
+                Cause::Killed(reason)
+            }
             (_, Some(code), _) => WorkerExit::from_code(code).map_or(Cause::Crash { code }, Cause::Exit),
             (Some(reason), None, Some(SIGKILL)) => Cause::Killed(reason),
             (None, None, Some(SIGKILL)) => match sign {
@@ -121,6 +126,7 @@ impl Cause {
                 KillReason::StartStalled
                 | KillReason::LoadStalled
                 | KillReason::Version
+                | KillReason::Sandbox
                 | KillReason::Canary
                 | KillReason::StopTimeout => false,
             },
@@ -146,6 +152,7 @@ impl Cause {
                 WorkerExit::Protocol => "protocol",
                 WorkerExit::SandboxIncomplete => "sandbox_incomplete",
             },
+            Cause::Signal { signal: SIGSYS } => "sandbox_violation",
             Cause::Crash { .. } | Cause::Signal { .. } => "crash",
             Cause::KilledFromOutside => "killed_from_outside",
             Cause::OutOfMemory => "out_of_memory",
@@ -156,6 +163,7 @@ impl Cause {
                 KillReason::Hang => "hang",
                 KillReason::Protocol | KillReason::LinkClosed => "broke_protocol",
                 KillReason::Version => "version",
+                KillReason::Sandbox => "sandbox_incomplete",
                 KillReason::Canary => "canary",
                 KillReason::StopTimeout => "stop_timeout",
                 KillReason::OverBudget => "over_budget",
@@ -191,9 +199,9 @@ impl Cause {
                 | WorkerExit::DriverPoisoned
                 | WorkerExit::NonFinite => false,
             },
-            Cause::Killed(reason) => reason == KillReason::Version,
+            Cause::Killed(reason) => matches!(reason, KillReason::Version | KillReason::Sandbox),
             // A system call that the sandbox forbids: no retry of a break-in.
-            Cause::Signal { signal } => signal == Signal::SIGSYS as i32,
+            Cause::Signal { signal } => signal == SIGSYS,
             Cause::NotStarted
             | Cause::Crash { .. }
             | Cause::KilledFromOutside
@@ -204,6 +212,7 @@ impl Cause {
 }
 
 const SIGKILL: i32 = Signal::SIGKILL as i32;
+const SIGSYS: i32 = Signal::SIGSYS as i32;
 
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -213,6 +222,9 @@ impl fmt::Display for Cause {
             Cause::Crash { code: 0 } => f.write_str("crashed: it ended and left requests behind"),
             Cause::Crash { code: 101 } => f.write_str("crashed: it panicked"),
             Cause::Crash { code } => write!(f, "crashed with exit code {code}"),
+            Cause::Signal { signal: SIGSYS } => {
+                f.write_str("sandbox violation: it was ended at a system call that it has no use for")
+            }
             Cause::Signal { signal } => match Signal::try_from(*signal) {
                 Ok(name) => write!(f, "crashed by {name}"),
                 Err(_) => write!(f, "crashed by signal {signal}"),
@@ -285,6 +297,7 @@ mod tests {
             (Cause::Signal { signal: Signal::SIGSYS as i32 }, true),
             (Cause::Signal { signal: Signal::SIGSEGV as i32 }, false),
             (Cause::Killed(KillReason::Version), true),
+            (Cause::Killed(KillReason::Sandbox), true),
             (Cause::Killed(KillReason::Hang), false),
             (Cause::KilledFromOutside, false),
         ] {

@@ -5,6 +5,7 @@ use std::process::ExitStatus;
 use std::time::Instant;
 
 use bulkhead_shared::frame;
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::TO_WORKER_FRAME_BYTES_MAX;
 use bulkhead_shared::message::{FromWorker, ToWorker};
 use tokio::sync::mpsc;
@@ -37,14 +38,14 @@ pub(super) struct Incarnation {
 }
 
 impl Incarnation {
-    pub(super) fn new(number: u32, spawned: Spawned) -> Incarnation {
+    pub(super) fn new(number: u32, spawned: Spawned, sandbox: SandboxMode) -> Incarnation {
         let link = link::open(spawned.stream);
         Incarnation {
             number,
             process: spawned.child,
             outgoing: Some(link.outgoing),
             incoming: link.incoming,
-            protocol: Protocol::new(),
+            protocol: Protocol::new(sandbox),
             unsent: None,
             killed: None,
             exit: None,

@@ -19,7 +19,8 @@ pub mod spawn;
 use std::time::Instant;
 
 use bulkhead_shared::generate::Generate;
-use bulkhead_shared::message::{Facts, FromWorker, Layer, LoadPlan};
+use bulkhead_shared::layers::Layer;
+use bulkhead_shared::message::{Facts, FromWorker, LoadPlan};
 use bulkhead_shared::units::{Bytes, RequestId};
 use tokio::sync::{mpsc, watch};
 

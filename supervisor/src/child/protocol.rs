@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 
 use bulkhead_shared::generate::{Generate, Prompt};
+use bulkhead_shared::layers::{Layer, SandboxMode};
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, DELTA_TEXT_BYTES_MAX, DELTA_TOKENS_MAX, DETAIL_BYTES_MAX};
 use bulkhead_shared::message::{Facts, Failure, FromWorker, PROTOCOL_VERSION, Piece, Usage};
 use bulkhead_shared::units::RequestId;
@@ -19,6 +20,13 @@ pub enum Violation {
     /// It speaks another version.
     #[error("the worker speaks version {worker} of the protocol, the supervisor {supervisor}")]
     Version { worker: u32, supervisor: u32 },
+    /// It stands behind fewer walls than it must.
+    #[error(
+        "this system does not give a worker the sandbox layers {}; --sandbox best-effort does without them, \
+         at the price that a hostile model or prompt may reach what they would have held back",
+        names(.missing)
+    )]
+    Walls { missing: Vec<Layer> },
     #[error("{message} is illegal in phase {phase:?}")]
     Order { message: &'static str, phase: Phase },
     #[error("{message} names request {id}, which is not running")]
@@ -37,6 +45,10 @@ pub enum Violation {
     TokenCount { id: RequestId, told: u32, seen: u64 },
     #[error("request {id} did not ask for a conversation and got a tool call")]
     ToolCall { id: RequestId },
+}
+
+fn names(layers: &[Layer]) -> String {
+    layers.iter().map(|layer| layer.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 /// How far the conversation with a worker has come.
@@ -58,6 +70,7 @@ pub enum Phase {
 /// The state of one conversation.
 #[derive(Debug, Default)]
 pub struct Protocol {
+    sandbox: SandboxMode,
     phase: Phase,
     requests: HashMap<RequestId, Outstanding>,
     nonces: (u64, u64),
@@ -73,9 +86,9 @@ struct Outstanding {
 }
 
 impl Protocol {
-    /// Begins with a worker that has said nothing.
-    pub fn new() -> Protocol {
-        Protocol::default()
+    /// Begins with a worker that has said nothing and must be so isolated.
+    pub fn new(sandbox: SandboxMode) -> Protocol {
+        Protocol { sandbox, ..Protocol::default() }
     }
 
     /// Notes that `Load` was sent.
@@ -118,12 +131,15 @@ impl Protocol {
     /// A `Violation` when the worker may not say this now.
     pub fn check(&mut self, message: &FromWorker) -> Result<(), Violation> {
         match message {
-            FromWorker::Hello { version, .. } => {
+            FromWorker::Hello { version, layers } => {
                 self.advance("hello", Phase::Silent, Phase::Greeted)?;
-                match *version {
-                    PROTOCOL_VERSION => Ok(()),
-                    worker => Err(Violation::Version { worker, supervisor: PROTOCOL_VERSION }),
+                if *version != PROTOCOL_VERSION {
+                    return Err(Violation::Version { worker: *version, supervisor: PROTOCOL_VERSION });
                 }
+                at_most("layers", layers.len(), Layer::ALL.len())?;
+                let missing = Layer::missing(layers);
+                let is_enough = self.sandbox != SandboxMode::Full || missing.is_empty();
+                if is_enough { Ok(()) } else { Err(Violation::Walls { missing }) }
             }
             FromWorker::Progress { what, .. } => {
                 self.advance("progress", Phase::Loading, Phase::Loading)?;
@@ -276,7 +292,7 @@ mod tests {
     }
 
     fn hello() -> FromWorker {
-        FromWorker::Hello { version: PROTOCOL_VERSION, layers: Vec::new() }
+        FromWorker::Hello { version: PROTOCOL_VERSION, layers: Layer::ALL.to_vec() }
     }
 
     fn prompt() -> FromWorker {
@@ -293,7 +309,7 @@ mod tests {
     }
 
     fn serving() -> Protocol {
-        let mut protocol = Protocol::new();
+        let mut protocol = Protocol::new(SandboxMode::Full);
         protocol.check(&hello()).expect("greets");
         protocol.load_sent();
         protocol.check(&FromWorker::Ready(facts())).expect("is ready");
@@ -362,13 +378,23 @@ mod tests {
 
     #[test]
     fn a_start_is_checked() {
-        let mut other = Protocol::new();
+        let mut other = Protocol::new(SandboxMode::Full);
         let version = PROTOCOL_VERSION + 1;
         let violation = other.check(&FromWorker::Hello { version, layers: Vec::new() });
         assert_eq!(violation, Err(Violation::Version { worker: version, supervisor: PROTOCOL_VERSION }));
-        let mut eager = Protocol::new();
+        let layers: Vec<_> = Layer::ALL.into_iter().filter(|layer| *layer != Layer::Files).collect();
+        let bare = FromWorker::Hello { version: PROTOCOL_VERSION, layers };
+        let refused = Protocol::new(SandboxMode::Full).check(&bare).expect_err("a wall is missing").to_string();
+        assert!(refused.contains("landlock-files") && refused.contains("--sandbox best-effort"), "{refused}");
+        for mode in [SandboxMode::BestEffort, SandboxMode::Log, SandboxMode::Off] {
+            Protocol::new(mode).check(&bare).expect("less was asked for");
+        }
+        let many = FromWorker::Hello { version: PROTOCOL_VERSION, layers: [Layer::ALL, Layer::ALL].concat() };
+        let refused = Protocol::new(SandboxMode::Full).check(&many).expect_err("too many");
+        assert!(matches!(refused, Violation::TooMuch { what: "layers", .. }), "{refused}");
+        let mut eager = Protocol::new(SandboxMode::Full);
         assert!(matches!(eager.check(&FromWorker::Ready(facts())), Err(Violation::Order { .. })));
-        let mut empty = Protocol::new();
+        let mut empty = Protocol::new(SandboxMode::Full);
         empty.check(&hello()).expect("greets");
         empty.load_sent();
         let facts = Facts { blocks: 0, ..facts() };

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::generate::{Generate, Prompt, Sampling};
+use bulkhead_shared::layers::Layer;
 use bulkhead_shared::message::{DeviceChoice, FromWorker, LoadPlan, ToWorker};
 use bulkhead_shared::units::RequestId;
 use tokio::sync::{mpsc, watch};
@@ -195,6 +196,9 @@ impl Runner {
                 Err(violation @ Violation::Version { .. }) => {
                     self.condemn(KillReason::Version, violation.to_string()).await;
                 }
+                Err(violation @ Violation::Walls { .. }) => {
+                    self.condemn(KillReason::Sandbox, violation.to_string()).await;
+                }
                 Err(violation) => self.condemn(KillReason::Protocol, violation.to_string()).await,
             },
         }
@@ -205,7 +209,13 @@ impl Runner {
         match message {
             FromWorker::Hello { layers, .. } => {
                 let names: Vec<_> = layers.iter().map(|layer| layer.as_str()).collect();
-                info!(incarnation = self.life.incarnation(), layers = names.join(" "), "worker is behind its walls");
+                let (incarnation, layers_missing) = (self.life.incarnation(), Layer::missing(&layers).len());
+                let sandbox = self.spawner.sandbox().as_str();
+                if layers_missing == 0 {
+                    info!(incarnation, layers = names.join(" "), sandbox, "worker is behind its walls");
+                } else {
+                    warn!(incarnation, layers = names.join(" "), sandbox, layers_missing, "worker lacks walls");
+                }
                 self.ends.status.send_modify(|status| status.layers = layers);
                 self.step(Event::Hello).await;
             }
@@ -368,7 +378,7 @@ impl Runner {
                 let pid = spawned.child.id();
                 info!(incarnation, pid, "worker started");
                 (self.plan.device, self.plan.device_budget) = (spawned.device, spawned.device_budget);
-                self.current = Some(Incarnation::new(incarnation, spawned));
+                self.current = Some(Incarnation::new(incarnation, spawned, self.spawner.sandbox()));
                 self.report(Report::Started { incarnation, after: self.last_cause }).await;
                 self.ends.status.send_modify(|status| {
                     status.pid = pid;

@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bulkhead_shared::exit::WorkerExit;
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::message::DeviceChoice;
 use bulkhead_shared::units::Bytes;
 use tokio::io::{AsyncReadExt, BufReader};
@@ -62,10 +63,24 @@ pub(crate) struct Spawned {
     pub(crate) device_budget: Bytes,
 }
 
+/// What a worker must know before it hears anything, for its walls are built by it. The plan repeats it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Startup {
+    /// The model's folder, the only one that it may read.
+    pub model_dir: String,
+    /// Threads that compute, all of which it starts before its last wall; 0 lets it count.
+    pub threads: u32,
+    /// How much isolation it must have.
+    pub sandbox: SandboxMode,
+    /// The least interface of Landlock that is enough.
+    pub landlock_abi_min: u32,
+}
+
 /// What the thread is asked to start.
 #[derive(Debug)]
 struct Order {
     decision: Arc<Decision>,
+    startup: Arc<Startup>,
     reply: oneshot::Sender<Result<(Child, UnixStream), SpawnError>>,
 }
 
@@ -81,6 +96,7 @@ struct History {
 pub struct Spawner {
     orders: mpsc::Sender<Order>,
     devices: Devices,
+    startup: Arc<Startup>,
     history: Arc<Mutex<History>>,
 }
 
@@ -92,18 +108,18 @@ impl Spawner {
     ///
     /// # Panics
     /// Outside of a tokio runtime.
-    pub fn new(devices: Devices, device_memory: Bytes) -> io::Result<Spawner> {
+    pub fn new(devices: Devices, device_memory: Bytes, startup: Startup) -> io::Result<Spawner> {
         let (orders, mut received) = mpsc::channel::<Order>(1);
         let runtime = tokio::runtime::Handle::current();
         thread::Builder::new().name("spawner".into()).spawn(move || {
             let _guard = runtime.enter();
-            while let Some(Order { decision, reply }) = received.blocking_recv() {
+            while let Some(Order { decision, startup, reply }) = received.blocking_recv() {
                 // Whoever asked may have gone; the process then ends when its handle is dropped.
-                drop(reply.send(spawn(&decision)));
+                drop(reply.send(spawn(&decision, &startup)));
             }
         })?;
         let history = History { budget: Budget::new(device_memory), started: Instant::now() };
-        Ok(Spawner { orders, devices, history: Arc::new(Mutex::new(history)) })
+        Ok(Spawner { orders, devices, startup: Arc::new(startup), history: Arc::new(Mutex::new(history)) })
     }
 
     /// Starts a worker, once it is known where it computes and the memory of the one before it has been given back.
@@ -115,7 +131,7 @@ impl Spawner {
         };
         self.devices.memory.wait_until_free().await;
         let (reply, answer) = oneshot::channel();
-        let order = Order { decision: decision.clone(), reply };
+        let order = Order { decision: decision.clone(), startup: self.startup.clone(), reply };
         self.orders.send(order).await.map_err(|_| SpawnError::Ending)?;
         let (mut child, stream) = answer.await.map_err(|_| SpawnError::Ending)??;
         if let Some(stderr) = child.stderr.take() {
@@ -125,6 +141,11 @@ impl Spawner {
             self.devices.memory.worker_started(pid);
         }
         Ok(Spawned { child, stream, device: decision.device, device_budget: self.budget(&decision) })
+    }
+
+    /// Says how much isolation a worker must have.
+    pub(crate) fn sandbox(&self) -> SandboxMode {
+        self.startup.sandbox
     }
 
     /// Gives what the worker that was just started may hold on its card.
@@ -159,18 +180,22 @@ fn judge(cause: Cause, sample: &Sample) -> Cause {
     let is_own = matches!(
         cause,
         Cause::Exit(WorkerExit::Orderly)
-            | Cause::Killed(KillReason::Protocol | KillReason::Version | KillReason::StopTimeout)
+            | Cause::Killed(KillReason::Protocol | KillReason::Version | KillReason::Sandbox | KillReason::StopTimeout)
     );
     if *sample == Sample::Lost && !is_own { Cause::Exit(WorkerExit::DeviceLost) } else { cause }
 }
 
-fn spawn(decision: &Decision) -> Result<(Child, UnixStream), SpawnError> {
+fn spawn(decision: &Decision, startup: &Startup) -> Result<(Child, UnixStream), SpawnError> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(SpawnError::Link)?;
     ours.set_nonblocking(true).map_err(SpawnError::Link)?;
     let stream = UnixStream::from_std(ours).map_err(SpawnError::Link)?;
     let worker = &decision.program;
     let mut command = Command::new(worker);
-    command.arg("serve");
+    command.args(["serve", "--model", &startup.model_dir]);
+    command.args(["--sandbox", startup.sandbox.as_str()]);
+    command.args(["--supervisor", &std::process::id().to_string()]);
+    command.args(["--threads", &startup.threads.to_string()]);
+    command.args(["--landlock-abi-min", &startup.landlock_abi_min.to_string()]);
     if decision.card.is_some() {
         command.args(["--device", &decision.to_string()]);
     }

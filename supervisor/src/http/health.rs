@@ -7,6 +7,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use bulkhead_shared::layers::{Layer, SandboxMode};
 use bulkhead_shared::units::Bytes;
 use serde_json::{Map, Value, json};
 
@@ -59,6 +60,15 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
     }
 }
 
+/// Says how isolated a worker is: what was asked for, and of what was asked for as far as it goes, how far it went.
+fn sandbox_word(mode: SandboxMode, has_greeted: bool, is_whole: bool) -> &'static str {
+    match (mode, has_greeted) {
+        (SandboxMode::BestEffort, true) if is_whole => SandboxMode::Full.as_str(),
+        (SandboxMode::BestEffort, true) => "partial",
+        (SandboxMode::Full | SandboxMode::BestEffort | SandboxMode::Log | SandboxMode::Off, _) => mode.as_str(),
+    }
+}
+
 /// Describes the worker, for the public and the private door.
 pub(crate) fn worker(fleet: &Fleet) -> Value {
     let status = fleet.status();
@@ -72,6 +82,12 @@ pub(crate) fn worker(fleet: &Fleet) -> Value {
         "last_end": status.last_end,
         "isolation": status.layers.iter().map(|layer| layer.as_str()).collect::<Vec<_>>(),
     });
+    let missing = Layer::missing(&status.layers);
+    let has_greeted = !status.layers.is_empty();
+    worker["sandbox"] = sandbox_word(fleet.sandbox(), has_greeted, missing.is_empty()).into();
+    if has_greeted && !missing.is_empty() {
+        worker["isolation_missing"] = missing.iter().map(|layer| layer.as_str()).collect::<Vec<_>>().into();
+    }
     if let Some(reason) = fleet.devices.reason() {
         worker["device_reason"] = reason.into();
     }

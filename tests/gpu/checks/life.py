@@ -81,7 +81,7 @@ def sandbox(context):
         layers, pid = worker["isolation"], worker["pid"]
         service.chat("What is 7 plus 5?")
         status, limits = _status(pid), _limits(pid)
-    expected = {"NoNewPrivs": "1", "Seccomp": "2" if any("seccomp" in layer for layer in layers) else "0"}
+    expected = {"NoNewPrivs": "1", "Seccomp": "2"}
     wrong = [f"{name} is {status.get(name)}, expected {value}" for name, value in expected.items()
              if status.get(name) != value]
     wrong += [f"{name} is {status[name]}" for name in ("CapEff", "CapPrm", "CapInh", "CapAmb") if int(status[name], 16)]
@@ -89,13 +89,16 @@ def sandbox(context):
     files = limits["Max open files"]
     if not files.isdigit() or int(files) > OPEN_FILES_MAX:
         wrong.append(f"Max open files is {files}")
-    for layer in ("no-new-privileges", "no-capabilities", "resource-limits", "parent-death-signal"):
+    if worker["sandbox"] != "full":
+        wrong.append(f"the health report says sandbox: {worker['sandbox']}, without {worker.get('isolation_missing')}")
+    for layer in ("no-new-privileges", "no-capabilities", "resource-limits", "parent-death-signal", "landlock-files",
+                  "system-call-filter"):
         if layer not in layers:
             wrong.append(f"the health report lacks {layer}")
     if wrong:
         raise Failed("; ".join(wrong))
     context.data["life.sandbox"] = {"layers": layers, "status": status, "limits": limits}
-    return f"{', '.join(layers)}; Seccomp {status['Seccomp']}, {files} files, {status['Threads']} threads"
+    return f"sandbox: {worker['sandbox']} ({', '.join(layers)}); Seccomp {status['Seccomp']}, {files} files, {status['Threads']} threads"
 
 
 CASES = [("life.sandbox", 60, sandbox), ("life.kills", 150, kills)]

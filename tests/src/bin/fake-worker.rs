@@ -8,7 +8,7 @@
 //! until it is killed), `[count=N]` (tells a wrong number of tokens at the end); with `[once]` it behaves when the request
 //! is resumed behind tokens of an earlier worker. `[context]` and `[invalid]` fail the request; `[say=TEXT]` writes to
 //! standard error. The load is scripted by the lines of `fake.txt` in the model folder: `exit CODE`, `fail TEXT`,
-//! `steps N`, `stall`, `abort`. On the command line: `mute`, `wrong-version` and `exit CODE` before the greeting.
+//! `steps N`, `stall`, `abort`. On the command line: `mute`, `wrong-version`, `no-walls` and `exit CODE` before or in the greeting.
 //!
 //! Invariants: however it misbehaves, it ends with its supervisor, as the real one does; what it says behind a token is a
 //! function of the request and the tokens up to that one.
@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use bulkhead_shared::frame;
 use bulkhead_shared::generate::{Generate, Message, Prompt};
+use bulkhead_shared::layers::Layer;
 use bulkhead_shared::limits::{FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{
     DeviceChoice, Facts, Failure, FinishReason, FromWorker, LoadPlan, PROTOCOL_VERSION, Piece, ToWorker, Usage,
@@ -54,7 +55,11 @@ fn main() -> anyhow::Result<()> {
         progress: AtomicU64::new(0),
         sequences: AtomicU32::new(0),
     });
-    worker.send(&FromWorker::Hello { version, layers: Vec::new() })?;
+    let layers = match words.as_slice() {
+        ["no-walls", ..] => vec![Layer::ParentDeathSignal],
+        _ => Layer::ALL.to_vec(),
+    };
+    worker.send(&FromWorker::Hello { version, layers })?;
     while let Some(message) = worker.receive()? {
         match message {
             ToWorker::Load(plan) => worker.load(&plan)?,

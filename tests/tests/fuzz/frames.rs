@@ -2,10 +2,11 @@
 
 use bulkhead_shared::frame::{LENGTH_BYTES, decode, decode_length, encode};
 use bulkhead_shared::generate::{Chat, Generate, Message, Prompt, ReasoningEffort, Sampling, Tool, ToolCall};
+use bulkhead_shared::layers::Layer;
 use bulkhead_shared::limits::{DECODE_BYTES_MAX, FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{
-    DeviceChoice, Facts, Failure, Faults, FinishReason, FromWorker, KvType, Layer, LoadPlan, MemoryKind, Piece,
-    ToWorker, Usage,
+    DeviceChoice, Facts, Failure, Faults, FinishReason, FromWorker, KvType, LoadPlan, MemoryKind, Piece, ToWorker,
+    Usage,
 };
 use bulkhead_shared::units::{Bytes, RequestId};
 use bulkhead_tests::fuzz::{Random, mutate, run};

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::message::FromWorker;
 use bulkhead_supervisor::admin::command;
 use bulkhead_supervisor::child::protocol::Protocol;
@@ -14,7 +15,7 @@ use crate::memory::{alone, bounded};
 
 /// A conversation in which a worker says anything at any time, and the supervisor hands it requests as it does.
 fn converse(corpus: &[FromWorker], random: &mut Random) {
-    let mut protocol = Protocol::new();
+    let mut protocol = Protocol::new(SandboxMode::BestEffort);
     let mut is_loading = false;
     for _ in 0..random.below(60) {
         let message = &corpus[random.below(corpus.len())];

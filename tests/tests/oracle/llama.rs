@@ -2,19 +2,13 @@
 //! saved by bitsandbytes in 4 bits.
 
 use anyhow::{Context, Result};
-use bulkhead_shared::exit::WorkerExit;
-use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan};
-use bulkhead_shared::units::Bytes;
 use bulkhead_tests::checkpoint::Tensors;
 use bulkhead_tests::oracle::{self, Ask, evaluate, relative_error};
 use bulkhead_worker::checkpoint::Checkpoint;
 use bulkhead_worker::eval::{DecoderPath, ValueType, WeightChoice};
-use bulkhead_worker::loader;
 use bulkhead_worker::model::config::Config;
 use bulkhead_worker::model::reference::{Precision, Reference};
 use bulkhead_worker::model::weights::{Quantize, load};
-use bulkhead_worker::quant::Matrix;
-use bulkhead_worker::quant::cpu::Cpu;
 
 use crate::logits::{Case, cases};
 use crate::served::ALIKE_ERROR_MAX;
@@ -122,42 +116,6 @@ fn the_served_decoder_computes_what_the_plain_one_does() -> Result<()> {
         let error = relative_error(&evaluate(&folder, &tokens, ask)?.logits, &expected);
         println!("{}: {error:.1e} from the plain decoder", folder.display());
         assert!(error <= ALIKE_ERROR_MAX, "{}: {error}", folder.display());
-    }
-    Ok(())
-}
-
-#[test]
-fn a_card_is_refused_or_given_up_with_the_reason() -> Result<()> {
-    let folder = oracle::model("llama_tied");
-    let place = |may_use_processor, kv_type| -> Result<_> {
-        let config = Config::read(&folder)?;
-        let weights = load(&Checkpoint::open(&folder)?, &config, Quantize::File, &mut |_, _, _| {})?;
-        let plan = LoadPlan {
-            model_dir: String::new(),
-            device: DeviceChoice::Cuda(0),
-            may_use_processor,
-            threads: 1,
-            context_tokens: 64,
-            sequences_max: 1,
-            kv_bytes: Bytes(0),
-            device_budget: Bytes(0),
-            kv_type,
-            faults: Faults::default(),
-        };
-        Ok(loader::place(config, weights, Cpu::start(1)?, &plan, &mut |_, _, _| {}))
-    };
-    let error = match place(false, KvType::Bf16)? {
-        Ok(_) => {
-            println!("skipped: this machine has a card");
-            return Ok(());
-        }
-        Err(error) => error,
-    };
-    assert_eq!(error.exit(), WorkerExit::BadConfig, "{error}");
-    for kv_type in [KvType::Bf16, KvType::Int8] {
-        let (_, loaded) = place(true, kv_type)??;
-        assert_eq!(loaded.given_up, [format!("the card: {error}")]);
-        assert_eq!(loaded.facts.given_up, loaded.given_up);
     }
     Ok(())
 }

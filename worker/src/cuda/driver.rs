@@ -81,17 +81,34 @@ fn name_of(code: CUresult) -> String {
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
-/// Opens the driver's library and the driver.
-fn open_driver() -> Result<(), DeviceError> {
-    let is_open = LIBRARY_PATHS.iter().any(|path| {
+/// Libraries that the driver's own loads when it needs them, which walls would keep it from: the compiler of PTX. It fails for
+/// good where it finds it missing.
+const OPTIONAL_LIBRARIES: [&CStr; 2] = [c"libnvidia-ptxjitcompiler.so.1", c"libnvidia-gpucomp.so"];
+
+/// Opens the driver's libraries, which takes the right to run files: before the walls.
+///
+/// # Errors
+/// `Unusable` where there is no driver.
+pub fn open_libraries() -> Result<(), DeviceError> {
+    let open = |path: &CStr| {
         // SAFETY: the path is a string that ends with a zero. The library is never closed: later look-ups by its short name
         // find the one that is open, wherever it came from.
         !unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
-    });
-    if !is_open {
+    };
+    if !LIBRARY_PATHS.into_iter().any(open) {
         let reason = "the CUDA driver is not installed: libcuda.so.1 cannot be loaded";
         return Err(DeviceError::Unusable(reason.into()));
     }
+    for path in OPTIONAL_LIBRARIES {
+        // Our kernels are machine code; a driver without them runs those too.
+        open(path);
+    }
+    Ok(())
+}
+
+/// Opens the driver's library and the driver.
+fn open_driver() -> Result<(), DeviceError> {
+    open_libraries()?;
     // SAFETY: the library is loaded, which the first call of a function needs.
     match unsafe { sys::cuInit(0) } {
         CUresult::CUDA_SUCCESS => Ok(()),

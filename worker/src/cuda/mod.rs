@@ -43,9 +43,9 @@ use crate::device::DeviceError;
 use crate::engine::backend::{Backend, StepTokens};
 use crate::engine::pager::{BLOCK_TOKENS, Blocks, Kind, KvShape, Pager};
 use crate::loader::{LoadError, Loaded};
-use crate::memory::available_memory;
 use crate::memory::card::{self, CardLimits, CardPlan, KvType, LayerSizes, WeightSizes};
 use crate::memory::scratch::{Scratch, StepSize};
+use crate::memory::{PlanError, available_memory};
 use crate::model::batch::{Batch, Outcome, Role, Wanted};
 use crate::model::config::Config;
 use crate::model::rope::RopeTable;
@@ -106,25 +106,49 @@ struct Results {
     logits: HostBuffer,
 }
 
-/// Loads a model onto a card.
+/// Opens a card and has it do a little of everything, so that its driver opens what it opens but once: the last filter of
+/// system calls comes next.
 ///
 /// # Errors
-/// `Plan` where it does not fit, `Device` for what the driver says.
+/// `Unusable` where the card or its driver cannot be used; the driver's.
+pub fn open(index: u32) -> Result<Card, DeviceError> {
+    const BYTES: u32 = 4096;
+    let card = Card::open(index)?;
+    let image = images::module(card.facts().capability, "norm");
+    let _module = card.load_module(&image.map_err(|error| DeviceError::Unusable(error.to_string()))?)?;
+    let (memory, host) =
+        (Memory::take(&card, BYTES.into(), "a first buffer")?, HostBuffer::take(&card, BYTES as usize)?);
+    memory.clear()?;
+    memory.copy_out(0, &host, 0, BYTES as usize)?;
+    card.wait()?;
+    Ok(card)
+}
+
+/// Plans what a card holds of a model.
+///
+/// # Errors
+/// See `card::plan_card`.
+pub fn plan(card: &Card, config: &Config, weights: &Weights, asked: &LoadPlan) -> Result<CardPlan, PlanError> {
+    let limits = CardLimits {
+        budget: device_budget(asked.device_budget, card.facts().memory),
+        host_available: available_memory().unwrap_or(AVAILABLE_DEFAULT),
+    };
+    card::plan_card(config, &sizes_of_loaded(weights, config.heads), asked, asked.kv_type, limits)
+}
+
+/// Loads a model onto a card, as planned.
+///
+/// # Errors
+/// `Device` for what the driver says.
 pub fn load(
     card: Card,
     (config, weights, cpu): (Config, Weights, Cpu),
-    plan: &LoadPlan,
+    planned: &CardPlan,
     progress: &mut Progress<'_>,
 ) -> Result<(Backend, Loaded), LoadError> {
-    let sizes = sizes_of_loaded(&weights, config.heads);
-    let limits = CardLimits {
-        budget: device_budget(plan.device_budget, card.facts().memory),
-        host_available: available_memory().unwrap_or(AVAILABLE_DEFAULT),
-    };
-    let planned = card::plan_card(&config, &sizes, plan, plan.kv_type, limits)?;
     let format = weights.format_name();
     let mut clock = Clock { since: Instant::now(), phases: Vec::new() };
-    let model = CardModel::make(card, (config, weights, cpu), &planned, (progress, &mut clock))?;
+    let model = CardModel::make(card, (config, weights, cpu), planned, (progress, &mut clock))?;
     let facts = planned.facts(&model.config, model.describe(), format);
     let given_up = facts.given_up.clone();
     let loaded = Loaded { facts, sequences: planned.sequences, given_up, phases: clock.phases };

@@ -1,8 +1,13 @@
 //! The layers that need no rules: signals, privileges, capabilities, descriptors, limits.
 
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
+
+use super::Starter;
 
 /// Descriptors that a worker may hold: the link and its copy, standard error, the shards of a large model (each is closed
 /// once it is mapped), and what threads need.
@@ -12,11 +17,15 @@ const DESCRIPTORS_MAX: u64 = 256;
 const FIRST_SPARE_DESCRIPTOR: u32 = 3;
 
 /// Leaves the terminal's session, so that its Ctrl-C reaches the supervisor alone, and asks for SIGKILL when the
-/// supervisor's spawning thread ends. Should that have happened before this call, the end of the link tells.
-pub(super) fn die_with_parent() -> Result<(), String> {
+/// supervisor's spawning thread ends.
+pub(super) fn die_with_parent(supervisor: i32) -> Result<(), String> {
     // A process that leads its group cannot leave, and has no need to: it was not started from a terminal's group.
     let _ = nix::unistd::setsid();
-    prctl::set_pdeathsig(Signal::SIGKILL).map_err(|error| error.to_string())
+    prctl::set_pdeathsig(Signal::SIGKILL).map_err(|error| error.to_string())?;
+    match nix::unistd::getppid().as_raw() {
+        parent if parent == supervisor => Ok(()),
+        parent => Err(format!("process {supervisor} is not the parent ({parent} is): it has ended")),
+    }
 }
 
 pub(super) fn not_dumpable() -> Result<(), String> {
@@ -53,18 +62,38 @@ pub(super) fn close_descriptors() -> Result<(), String> {
     }
 }
 
-pub(super) fn empty_environment() -> Result<(), String> {
-    match std::env::vars_os().count() {
-        0 => Ok(()),
-        count => Err(format!("{count} environment variables were inherited")),
+/// Checks that no environment variable was inherited. A person's shell always passes some on, and the kernel shows them
+/// for the life of the process, so the process then starts itself anew without.
+pub(super) fn empty_environment(starter: Starter) -> Result<(), String> {
+    match (std::env::vars_os().count(), starter) {
+        (0, _) => Ok(()),
+        (count, Starter::Supervisor(_)) => Err(format!("{count} environment variables were inherited")),
+        (_, Starter::Person) => {
+            let mut command = Command::new("/proc/self/exe");
+            let mut arguments = std::env::args_os();
+            if let Some(name) = arguments.next() {
+                command.arg0(name);
+            }
+            Err(format!("the process cannot start anew: {}", command.args(arguments).env_clear().exec()))
+        }
     }
 }
 
-pub(super) fn resource_limits() -> Result<(), String> {
-    for (resource, limit) in
-        [(Resource::RLIMIT_CORE, 0), (Resource::RLIMIT_FSIZE, 0), (Resource::RLIMIT_NOFILE, DESCRIPTORS_MAX)]
-    {
+/// Limits what the kernel would write, and descriptors. Results of a person's command may go to a file.
+pub(super) fn resource_limits(starter: Starter) -> Result<(), String> {
+    let limits = [(Resource::RLIMIT_CORE, 0), (Resource::RLIMIT_NOFILE, DESCRIPTORS_MAX), (Resource::RLIMIT_FSIZE, 0)];
+    let count = if starter == Starter::Person { 2 } else { 3 };
+    for (resource, limit) in limits.into_iter().take(count) {
         setrlimit(resource, limit, limit).map_err(|error| format!("{resource:?}: {error}"))?;
     }
     Ok(())
+}
+
+/// Checks that there is no thread that was started before, which Landlock would leave free.
+pub(super) fn one_thread() -> Result<(), String> {
+    let tasks = std::fs::read_dir("/proc/self/task").map_err(|error| format!("/proc/self/task: {error}"))?;
+    match tasks.count() {
+        1 => Ok(()),
+        count => Err(format!("{count} threads run already")),
+    }
 }

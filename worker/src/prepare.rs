@@ -1,0 +1,64 @@
+//! What a worker does behind its first walls and before its last one: open the device, ask the kernel for what computing
+//! takes, start the threads that compute.
+//!
+//! Owns: the order of a worker's start, the same for the service and for every command that reads a model. What the last
+//! filter of system calls would forbid, and every thread that must be there before it, belongs into [`Prepared::start`].
+//! Refuses: to read anything of a model.
+
+use bulkhead_shared::message::DeviceChoice;
+
+use crate::loader::LoadError;
+use crate::quant::cpu::Cpu;
+use crate::sandbox::{self, Sealed, Walls};
+
+/// What computing takes, but the model.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The threads and instructions of the processor.
+    pub cpu: Cpu,
+    /// The card, where one was asked for.
+    #[cfg(feature = "cuda")]
+    pub card: Option<crate::cuda::driver::Card>,
+    /// What was asked for.
+    pub device: DeviceChoice,
+}
+
+impl Prepared {
+    /// Opens the device and starts `threads` threads that compute; 0: one for each core that this process may use.
+    ///
+    /// # Errors
+    /// `NoSuchDevice` and `Device` for the device, `Thread` where the system refuses a thread.
+    pub fn start(device: DeviceChoice, threads: usize) -> Result<Prepared, LoadError> {
+        #[cfg(not(feature = "cuda"))]
+        if let DeviceChoice::Cuda(index) = device {
+            return Err(LoadError::NoSuchDevice(index));
+        }
+        Ok(Prepared {
+            #[cfg(feature = "cuda")]
+            card: match device {
+                DeviceChoice::Cpu => None,
+                DeviceChoice::Cuda(index) => Some(crate::cuda::open(index)?),
+            },
+            cpu: Cpu::start(threads).map_err(LoadError::Thread)?,
+            device,
+        })
+    }
+}
+
+/// Puts every wall in force, and starts what computing takes in between.
+///
+/// # Errors
+/// As `Prepared::start`. Walls that the system refused are told by the proof.
+pub fn behind_walls(walls: Walls, threads: usize) -> Result<(Sealed, Prepared), LoadError> {
+    let device = walls.device;
+    let begun = sandbox::begin(walls);
+    // Files that say how many cores a container has are closed by the walls.
+    let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
+    #[cfg(feature = "cuda")]
+    if device != DeviceChoice::Cpu {
+        crate::cuda::driver::open_libraries()?;
+    }
+    let walled = begun.wall_in();
+    let prepared = Prepared::start(device, threads)?;
+    Ok((walled.seal(), prepared))
+}
