@@ -23,7 +23,7 @@ use crate::model::batch::Role;
 use crate::model::config::{Config, ConfigError};
 use crate::model::reference::{Precision, Reference};
 use crate::model::weights::{Quantize, Weights, load};
-use crate::quant::cpu::Cpu;
+use crate::quant::cpu::{Cpu, CpuError};
 
 /// Bytes of the input file, at most.
 const INPUT_BYTES_MAX: u64 = 64 << 20;
@@ -141,9 +141,9 @@ pub enum EvalError {
     /// The memory or the device.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// The system refused threads.
-    #[error("threads could not be started: {0}")]
-    Threads(#[source] rayon::ThreadPoolBuildError),
+    /// The processor, or a thread on it.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     /// The tensor library refused an operation.
     #[error("computing the logits failed: {0}")]
     Compute(#[source] candle_core::Error),
@@ -256,7 +256,7 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
     }
     let (greedy, vocab_size) = (args.greedy, config.vocab_size);
     let length = u32::try_from(tokens.len() + greedy).expect("the limit on tokens is below u32");
-    let cpu = Cpu::start(0).map_err(EvalError::Threads)?;
+    let cpu = Cpu::start(0)?;
     let plan = LoadPlan {
         model_dir: String::new(),
         device: args.device,

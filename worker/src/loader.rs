@@ -20,7 +20,7 @@ use crate::memory::{self, PlanError};
 use crate::model::config::{Config, ConfigError};
 use crate::model::decoder::Decoder;
 use crate::model::weights::{self, Progress, Quantize, Weights};
-use crate::quant::cpu::Cpu;
+use crate::quant::cpu::{Cpu, CpuError};
 use crate::text::error::TextError;
 use crate::text::generation_config::GenerationConfig;
 use crate::text::tokenizer::Tokenizer;
@@ -49,9 +49,9 @@ pub enum LoadError {
     /// The device.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A thread that the system refused.
-    #[error("a thread could not be started: {0}")]
-    Thread(#[source] rayon::ThreadPoolBuildError),
+    /// The processor, or a thread on it.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
 }
 
 impl LoadError {
@@ -62,7 +62,8 @@ impl LoadError {
             LoadError::Checkpoint(_) | LoadError::Config(_) | LoadError::Text(_) => WorkerExit::BadModel,
             LoadError::Plan(_) | LoadError::NoSuchDevice(_) => WorkerExit::BadConfig,
             LoadError::Device(error) => error.exit(),
-            LoadError::Thread(_) => WorkerExit::OutOfHostMemory,
+            LoadError::Cpu(CpuError::Missing(_)) => WorkerExit::BadConfig,
+            LoadError::Cpu(CpuError::Thread(_)) => WorkerExit::OutOfHostMemory,
         }
     }
 }
@@ -104,7 +105,7 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
     let config = Config::read(dir)?;
     let tokenizer = Tokenizer::open(dir)?;
     let defaults = GenerationConfig::open(dir)?;
-    let cpu = Cpu::start(plan.threads as usize).map_err(LoadError::Thread)?;
+    let cpu = Cpu::start(plan.threads as usize)?;
     let weights = weights::load(&checkpoint, &config, Quantize::File, progress)?;
     let files = started.elapsed().as_secs_f64();
     let (backend, mut loaded) = place(config, weights, cpu, plan, progress)?;

@@ -6,6 +6,8 @@
 //!
 //! `unsafe` stands here only to call a function compiled for instructions that were detected before.
 
+use super::path::CpuPath;
+
 /// A dot product of two vectors of one length.
 pub(super) type Dot = fn(&[f32], &[f32]) -> f32;
 
@@ -14,8 +16,10 @@ const LANES: usize = 16;
 /// The widest instructions that this processor and this file both know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Instructions {
-    /// What every processor of the target has.
+    /// What every processor of the target has, rounding products before they are added.
     Baseline,
+    /// The same, rounding once.
+    Fused,
     /// AVX2 with fused multiply-add.
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -25,33 +29,24 @@ pub(super) enum Instructions {
 }
 
 impl Instructions {
-    /// Asks the processor.
-    pub(super) fn detect() -> Instructions {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") {
-                return Instructions::Avx512;
-            }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Instructions::Avx2;
-            }
-        }
-        Instructions::Baseline
-    }
-
-    pub(super) fn as_str(self) -> &'static str {
-        match self {
-            Instructions::Baseline => "baseline",
+    /// Gives those of a path that was checked against the processor.
+    pub(super) fn of(path: CpuPath) -> Instructions {
+        match path {
+            CpuPath::Scalar => Instructions::Baseline,
+            CpuPath::Portable => Instructions::Fused,
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx2 => "avx2",
+            CpuPath::Avx2 | CpuPath::AvxVnni => Instructions::Avx2,
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => "avx512",
+            CpuPath::Avx512 | CpuPath::Amx => Instructions::Avx512,
+            #[cfg(not(target_arch = "x86_64"))]
+            CpuPath::Avx2 | CpuPath::AvxVnni | CpuPath::Avx512 | CpuPath::Amx => Instructions::Fused,
         }
     }
 
     pub(super) fn dot(self) -> Dot {
         match self {
             Instructions::Baseline => dot_plain,
+            Instructions::Fused => dot_fused,
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx2 => x86::dot_avx2,
             #[cfg(target_arch = "x86_64")]
@@ -62,6 +57,10 @@ impl Instructions {
 
 fn dot_plain(a: &[f32], b: &[f32]) -> f32 {
     dot_in_lanes(a, b, |x, y, sum| x * y + sum)
+}
+
+fn dot_fused(a: &[f32], b: &[f32]) -> f32 {
+    dot_in_lanes(a, b, f32::mul_add)
 }
 
 #[inline(always)]
@@ -126,13 +125,11 @@ mod tests {
 
     #[test]
     fn every_instruction_set_of_this_machine_agrees_with_plain_f64() {
-        let mut variants: Vec<(&str, Dot)> = vec![("baseline", Instructions::Baseline.dot())];
-        let detected = Instructions::detect();
-        variants.push((detected.as_str(), detected.dot()));
-        #[cfg(target_arch = "x86_64")]
-        if detected == Instructions::Avx512 {
-            variants.push(("avx2", Instructions::Avx2.dot()));
-        }
+        let variants: Vec<(&str, Dot)> = CpuPath::ALL
+            .into_iter()
+            .filter(|path| path.check().is_ok())
+            .map(|path| (path.as_str(), Instructions::of(path).dot()))
+            .collect();
         for len in [0, 1, 15, 16, 17, 64, 100, 2880] {
             let (a, b) = (vector(len, 1), vector(len, 2));
             let exact: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
