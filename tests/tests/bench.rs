@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_shared::units::Bytes;
 use bulkhead_tests::synth::{Format, Order, SHARD_BYTES_MAX, synthesize};
 use bulkhead_worker::bench::{BenchArgs, BenchError, run};
@@ -32,6 +32,7 @@ fn args(model: &Path) -> BenchArgs {
         batch: 1,
         threads: 2,
         device: DeviceChoice::Cpu,
+        cpu: CpuChoice::Auto,
         device_memory: Bytes(0),
         repetitions: 2,
         json,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_tests::oracle::{self, Ask, evaluate};
 use bulkhead_worker::eval::{DecoderPath, EvalArgs, EvalError, ValueType, WeightChoice, run};
 
@@ -25,6 +25,7 @@ impl Case {
             dtype: ValueType::F32,
             decoder_path: DecoderPath::Reference,
             device: DeviceChoice::Cpu,
+            cpu: CpuChoice::Auto,
             greedy: 0,
         };
         Ok(Case { folder, args })

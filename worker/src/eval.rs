@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan};
+use bulkhead_shared::message::{CpuChoice, DeviceChoice, Faults, KvType, LoadPlan};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum};
 use safetensors::tensor::TensorView;
@@ -16,7 +16,7 @@ use safetensors::{Dtype, SafeTensorError};
 use serde::Deserialize;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, read_limited};
-use crate::device::parse_device;
+use crate::device::{cpu_path, parse_cpu, parse_device};
 use crate::engine::single::Single;
 use crate::loader::{LoadError, place};
 use crate::model::batch::Role;
@@ -55,6 +55,9 @@ pub struct EvalArgs {
     /// Where what is served computes: cpu or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
     pub device: DeviceChoice,
+    /// Instructions to compute with on the processor: auto, scalar, avx2, avxvnni, avx512 or amx
+    #[arg(long, value_name = "PATH", default_value = "auto", value_parser = parse_cpu)]
+    pub cpu: CpuChoice,
     /// Also continue the prompt by the N most likely tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub greedy: usize,
@@ -256,11 +259,12 @@ fn fast_path(args: &EvalArgs, config: Config, weights: Weights, tokens: &[u32]) 
     }
     let (greedy, vocab_size) = (args.greedy, config.vocab_size);
     let length = u32::try_from(tokens.len() + greedy).expect("the limit on tokens is below u32");
-    let cpu = Cpu::start(0)?;
+    let cpu = Cpu::start_on(cpu_path(args.cpu), 0)?;
     let plan = LoadPlan {
         model_dir: String::new(),
         device: args.device,
         threads: 0,
+        cpu: args.cpu,
         context_tokens: length,
         sequences_max: 1,
         kv_bytes: Bytes(0),

@@ -12,7 +12,7 @@ use bulkhead_shared::message::{DeviceChoice, Facts, LoadPlan};
 use bulkhead_shared::units::Bytes;
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::device::DeviceError;
+use crate::device::{DeviceError, cpu_path};
 use crate::engine::backend::{Backend, StepTokens};
 use crate::engine::kv_cache::KvCache;
 use crate::engine::pager::KvShape;
@@ -105,7 +105,7 @@ pub fn load(plan: &LoadPlan, progress: &mut Progress<'_>) -> Result<LoadedModel,
     let config = Config::read(dir)?;
     let tokenizer = Tokenizer::open(dir)?;
     let defaults = GenerationConfig::open(dir)?;
-    let cpu = Cpu::start(plan.threads as usize)?;
+    let cpu = Cpu::start_on(cpu_path(plan.cpu), plan.threads as usize)?;
     let weights = weights::load(&checkpoint, &config, Quantize::File, progress)?;
     let files = started.elapsed().as_secs_f64();
     let (backend, mut loaded) = place(config, weights, cpu, plan, progress)?;

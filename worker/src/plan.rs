@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
-use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan, device_budget};
+use bulkhead_shared::message::{CpuChoice, DeviceChoice, Faults, KvType, LoadPlan, device_budget};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum, value_parser};
 use serde::Serialize;
@@ -145,6 +145,7 @@ fn wishes(args: &PlanArgs, context_tokens: u32) -> LoadPlan {
         model_dir: String::new(),
         device: DeviceChoice::Cuda(0),
         threads: 0,
+        cpu: CpuChoice::Auto,
         context_tokens,
         sequences_max: args.sequences,
         kv_bytes: Bytes(0),

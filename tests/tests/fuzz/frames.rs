@@ -4,8 +4,8 @@ use bulkhead_shared::frame::{LENGTH_BYTES, decode, decode_length, encode};
 use bulkhead_shared::generate::{Chat, Generate, Message, Prompt, ReasoningEffort, Sampling, Tool, ToolCall};
 use bulkhead_shared::limits::{DECODE_BYTES_MAX, FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{
-    DeviceChoice, Facts, Failure, Faults, FinishReason, FromWorker, KvType, Layer, LoadPlan, MemoryKind, Piece,
-    ToWorker, Usage,
+    CpuChoice, DeviceChoice, Facts, Failure, Faults, FinishReason, FromWorker, KvType, Layer, LoadPlan, MemoryKind,
+    Piece, ToWorker, Usage,
 };
 use bulkhead_shared::units::{Bytes, RequestId};
 use bulkhead_tests::fuzz::{Random, mutate, run};
@@ -40,6 +40,7 @@ fn to_worker() -> Vec<ToWorker> {
         model_dir: "/models/demo".into(),
         device: DeviceChoice::Cuda(1),
         threads: 2,
+        cpu: CpuChoice::Avx2,
         context_tokens: 4096,
         sequences_max: 8,
         kv_bytes: Bytes(1 << 30),

@@ -261,6 +261,7 @@ mod tests {
             model_dir: "/models/20b".into(),
             device: bulkhead_shared::message::DeviceChoice::Cpu,
             threads: 0,
+            cpu: bulkhead_shared::message::CpuChoice::Auto,
             context_tokens,
             sequences_max,
             kv_bytes: Bytes(kv_bytes),

@@ -134,9 +134,12 @@ impl Decoder {
     fn attention(&self, index: usize, step: &mut Step<'_>, x: &[f32], out: &mut [f32]) {
         let heads = Heads { query: self.config.heads, kv: self.config.kv_heads, dim: self.config.head_dim };
         let weights = &self.weights.layers[index].attention;
-        let mut queries = self.project(&weights.q, x);
-        let mut keys = self.project(&weights.k, x);
-        let values = self.project(&weights.v, x);
+        let [mut queries, mut keys, mut values] = [&weights.q, &weights.k, &weights.v].map(|linear| room(linear, x));
+        self.cpu.multiply(&mut [
+            weights.q.product(x, &mut queries),
+            weights.k.product(x, &mut keys),
+            weights.v.product(x, &mut values),
+        ]);
         rotate(&mut queries, heads.query, &step.rotation);
         rotate(&mut keys, heads.kv, &step.rotation);
         let width = heads.kv * heads.dim;
@@ -151,13 +154,6 @@ impl Decoder {
             &mut attended,
         );
         weights.o.apply(&self.cpu, &attended, out);
-    }
-
-    /// Shapes: x: [batch, columns] -> [batch, rows].
-    fn project(&self, linear: &Linear, x: &[f32]) -> Vec<f32> {
-        let mut projected = vec![0.0; x.len() / linear.weight.cols() * linear.weight.rows()];
-        linear.apply(&self.cpu, x, &mut projected);
-        projected
     }
 
     /// Shapes: x, out: [batch, hidden].
@@ -188,6 +184,13 @@ impl Decoder {
         }
         logits
     }
+}
+
+/// Makes room for what a linear layer computes from `x`.
+///
+/// Shapes: x: [batch, columns] -> [batch, rows].
+fn room(linear: &Linear, x: &[f32]) -> Vec<f32> {
+    vec![0.0; x.len() / linear.weight.cols() * linear.weight.rows()]
 }
 
 /// Rotates the two halves of each head by the angles of its row's position.

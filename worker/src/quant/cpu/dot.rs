@@ -11,6 +11,13 @@ use super::path::CpuPath;
 /// A dot product of two vectors of one length.
 pub(super) type Dot = fn(&[f32], &[f32]) -> f32;
 
+/// The dot products of four rows of bf16, in little endian bytes, with a vector of their length: the bits are those of `Dot`
+/// on the widened rows.
+pub(super) type DotBf16 = fn([&[[u8; 2]]; BF16_ROWS], &[f32]) -> [f32; BF16_ROWS];
+
+/// Rows of bf16 that are multiplied together: their sums do not wait for each other, as the partial sums of one row do.
+pub(super) const BF16_ROWS: usize = 4;
+
 const LANES: usize = 16;
 
 /// The widest instructions that this processor and this file both know.
@@ -40,6 +47,17 @@ impl Instructions {
             CpuPath::Avx512 | CpuPath::Amx => Instructions::Avx512,
             #[cfg(not(target_arch = "x86_64"))]
             CpuPath::Avx2 | CpuPath::AvxVnni | CpuPath::Avx512 | CpuPath::Amx => Instructions::Fused,
+        }
+    }
+
+    pub(super) fn dot_bf16(self) -> DotBf16 {
+        match self {
+            Instructions::Baseline => |rows, x| bf16_in_lanes(rows, x, |x, y, sum| x * y + sum),
+            Instructions::Fused => |rows, x| bf16_in_lanes(rows, x, f32::mul_add),
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2 => x86::bf16_avx2,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => x86::bf16_avx512,
         }
     }
 
@@ -77,6 +95,38 @@ fn dot_in_lanes(a: &[f32], b: &[f32], multiply_add: impl Fn(f32, f32, f32) -> f3
     for (lane, (x, y)) in a_rest.iter().zip(b_rest).enumerate() {
         sums[lane] = multiply_add(*x, *y, sums[lane]);
     }
+    add_up(sums)
+}
+
+#[inline(always)]
+fn bf16_in_lanes(
+    rows: [&[[u8; 2]]; BF16_ROWS],
+    x: &[f32],
+    multiply_add: impl Fn(f32, f32, f32) -> f32,
+) -> [f32; BF16_ROWS] {
+    let widen = |bytes: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
+    let rows = rows.map(|row| &row[..x.len()]);
+    let mut sums = [[0.0f32; LANES]; BF16_ROWS];
+    let (x_lanes, x_rest) = x.as_chunks::<LANES>();
+    let row_lanes = rows.map(|row| &row.as_chunks::<LANES>().0[..x_lanes.len()]);
+    for (index, x) in x_lanes.iter().enumerate() {
+        for (sums, row) in sums.iter_mut().zip(row_lanes) {
+            for lane in 0..LANES {
+                sums[lane] = multiply_add(widen(row[index][lane]), x[lane], sums[lane]);
+            }
+        }
+    }
+    for (sums, row) in sums.iter_mut().zip(rows) {
+        for (lane, (x, weight)) in x_rest.iter().zip(row.as_chunks::<LANES>().1).enumerate() {
+            sums[lane] = multiply_add(widen(*weight), *x, sums[lane]);
+        }
+    }
+    sums.map(add_up)
+}
+
+/// Adds partial sums pairwise.
+#[inline(always)]
+fn add_up(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -89,15 +139,33 @@ fn dot_in_lanes(a: &[f32], b: &[f32], multiply_add: impl Fn(f32, f32, f32) -> f3
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::dot_in_lanes;
+    use super::{BF16_ROWS, bf16_in_lanes, dot_in_lanes};
 
     pub(super) fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
         #[target_feature(enable = "avx2,fma")]
         fn fused(a: &[f32], b: &[f32]) -> f32 {
             dot_in_lanes(a, b, f32::mul_add)
         }
-        // SAFETY: `Instructions::detect` hands this function out only after the processor reported AVX2 and FMA.
+        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
         unsafe { fused(a, b) }
+    }
+
+    pub(super) fn bf16_avx2(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+        #[target_feature(enable = "avx2,fma")]
+        fn fused(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+            bf16_in_lanes(rows, x, f32::mul_add)
+        }
+        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
+        unsafe { fused(rows, x) }
+    }
+
+    pub(super) fn bf16_avx512(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        fn fused(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+            bf16_in_lanes(rows, x, f32::mul_add)
+        }
+        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
+        unsafe { fused(rows, x) }
     }
 
     pub(super) fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
@@ -105,7 +173,7 @@ mod x86 {
         fn fused(a: &[f32], b: &[f32]) -> f32 {
             dot_in_lanes(a, b, f32::mul_add)
         }
-        // SAFETY: `Instructions::detect` hands this function out only after the processor reported AVX-512F.
+        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
         unsafe { fused(a, b) }
     }
 }

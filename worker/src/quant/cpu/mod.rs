@@ -8,6 +8,7 @@
 //! the number of threads; nor, among the paths other than `CpuPath::Scalar`, on the instructions.
 
 #[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "tiles have no other form than assembly")]
 mod amx;
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod dot;
@@ -18,17 +19,20 @@ mod pool;
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod ymm;
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
+mod zmm;
 
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use self::dot::{Dot, Instructions};
+use self::dot::{BF16_ROWS, Dot, DotBf16, Instructions};
 use self::lines::{Coded, Output, Token};
 pub use self::path::{CpuPath, MissingFeature};
-use self::pool::{Pool, Scratch};
-use crate::quant::Matrix;
+use self::pool::{Decoded, Pool, Scratch};
+use crate::quant::{FloatType, Matrix};
 
 /// Rows of a weight that one task multiplies at least, and what its rows are a multiple of: the most that any tile has.
 const TASK_ROWS: usize = 32;
@@ -38,6 +42,10 @@ const TASKS_PER_THREAD: usize = 8;
 
 /// Tokens that one task rounds to bytes, and the most that the caller's thread rounds alone.
 const TASK_TOKENS: usize = 4;
+
+/// Tokens from which on tiles of sixteen are worth it.
+#[cfg(target_arch = "x86_64")]
+const AMX_TOKENS_MIN: usize = 9;
 
 /// Why the processor cannot be used as asked.
 #[derive(Debug, thiserror::Error)]
@@ -56,8 +64,9 @@ pub struct Cpu {
     pool: Pool,
     path: CpuPath,
     dot: Dot,
+    dot_bf16: DotBf16,
     /// Rounded activations of the products that are computed.
-    tokens: Mutex<Vec<Vec<Token>>>,
+    rounded: Mutex<Vec<Rounded>>,
     /// Bytes of weights and biases that products have read so far.
     bytes_read: AtomicU64,
 }
@@ -98,8 +107,9 @@ impl Cpu {
             given => given,
         };
         let pool = Pool::start(count).map_err(CpuError::Thread)?;
-        let dot = Instructions::of(path).dot();
-        Ok(Cpu { pool, path, dot, tokens: Mutex::default(), bytes_read: AtomicU64::new(0) })
+        let instructions = Instructions::of(path);
+        let (dot, dot_bf16) = (instructions.dot(), instructions.dot_bf16());
+        Ok(Cpu { pool, path, dot, dot_bf16, rounded: Mutex::default(), bytes_read: AtomicU64::new(0) })
     }
 
     /// Describes the processor for people: `cpu (avx2, 2 threads)`.
@@ -143,20 +153,20 @@ impl Cpu {
     /// # Panics
     /// When the lengths of one do not fit its weight's shape.
     pub fn multiply(&self, products: &mut [Product<'_>]) {
-        let mut rounded = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rounded = self.rounded.lock().unwrap_or_else(PoisonError::into_inner);
         if rounded.len() < products.len() {
-            rounded.resize_with(products.len(), Vec::new);
+            rounded.resize_with(products.len(), Rounded::default);
         }
-        for (product, tokens) in products.iter().zip(rounded.iter_mut()) {
+        for (product, rounded) in products.iter().zip(rounded.iter_mut()) {
             product.check();
             let read = product.weight.stored_bytes() + product.bias.map_or(0, size_of_val);
             self.bytes_read.fetch_add(read as u64, Ordering::Relaxed);
             if let Some(coded) = self.coded(product.weight) {
-                self.round(&coded, product, tokens);
+                self.round(&coded, product, rounded);
             }
         }
         let jobs: Vec<Job<'_>> =
-            products.iter_mut().zip(rounded.iter()).map(|(product, tokens)| self.job(product, tokens)).collect();
+            products.iter_mut().zip(rounded.iter()).map(|(product, rounded)| self.job(product, rounded)).collect();
         let count = jobs.iter().map(Job::tasks).sum();
         self.pool.for_each(count, &|mut task, scratch| {
             for job in &jobs {
@@ -192,7 +202,8 @@ impl Cpu {
     }
 
     /// Rounds the activations of a product.
-    fn round(&self, coded: &Coded<'_>, product: &Product<'_>, tokens: &mut Vec<Token>) {
+    fn round(&self, coded: &Coded<'_>, product: &Product<'_>, rounded: &mut Rounded) {
+        let tokens = &mut rounded.tokens;
         let columns = product.weight.cols();
         let count = product.x.len() / columns;
         tokens.resize_with(count, Token::default);
@@ -202,42 +213,52 @@ impl Cpu {
             }
         };
         if count <= TASK_TOKENS {
-            return round(0, tokens);
+            round(0, tokens);
+        } else {
+            self.pool.for_each_chunk(tokens, TASK_TOKENS, |chunk, tokens| round(chunk * TASK_TOKENS, tokens));
         }
-        self.pool.for_each_chunk(tokens, TASK_TOKENS, |chunk, tokens| round(chunk * TASK_TOKENS, tokens));
+        #[cfg(target_arch = "x86_64")]
+        if self.path == CpuPath::Amx && count >= AMX_TOKENS_MIN {
+            rounded.packed.fill(coded, &rounded.tokens);
+        }
     }
 
-    fn job<'a>(&self, product: &'a mut Product<'_>, tokens: &'a [Token]) -> Job<'a> {
+    fn job<'a>(&self, product: &'a mut Product<'_>, rounded: &'a Rounded) -> Job<'a> {
         let rows = product.weight.rows();
         let task_rows = rows.div_ceil(self.threads() * TASKS_PER_THREAD).next_multiple_of(TASK_ROWS);
         let out = Output { cells: pool::cells(product.out), rows, bias: product.bias };
-        Job { x: product.x, weight: product.weight, coded: self.coded(product.weight), tokens, task_rows, out }
+        Job { x: product.x, weight: product.weight, coded: self.coded(product.weight), rounded, task_rows, out }
     }
 
     fn run_task(&self, job: &Job<'_>, task: usize, scratch: &mut Scratch) {
         let first = task * job.task_rows;
         let rows = first..job.out.rows.min(first + job.task_rows);
         match &job.coded {
-            None => self.rows_in_floats(job, rows, scratch),
-            Some(coded) => self.rows_in_bytes(coded, job.tokens, rows, (scratch, &job.out)),
+            None => self.rows_in_floats(job, rows, &mut scratch[0]),
+            Some(coded) => self.rows_in_bytes(coded, job.rounded, rows, (scratch, &job.out)),
         }
     }
 
     fn rows_in_bytes(
         &self,
         coded: &Coded<'_>,
-        tokens: &[Token],
+        rounded: &Rounded,
         rows: Range<usize>,
         (scratch, out): (&mut Scratch, &Output<'_>),
     ) {
+        let tokens = &rounded.tokens[..];
         #[cfg(target_arch = "x86_64")]
         match (self.path, tokens) {
             (CpuPath::Scalar | CpuPath::Portable, _) => lines::products(coded, tokens, rows, out),
             (CpuPath::Avx2, [token]) => ymm::avx2::one(coded, token, rows, out),
-            (CpuPath::Avx2, _) => ymm::avx2::many(coded, tokens, rows, (scratch, out)),
+            (CpuPath::Avx2, _) => ymm::avx2::many(coded, tokens, rows, (&mut scratch[0], out)),
             (CpuPath::AvxVnni, [token]) => ymm::avxvnni::one(coded, token, rows, out),
-            (CpuPath::AvxVnni, _) => ymm::avxvnni::many(coded, tokens, rows, (scratch, out)),
-            (CpuPath::Avx512 | CpuPath::Amx, _) => lines::products(coded, tokens, rows, out),
+            (CpuPath::AvxVnni, _) => ymm::avxvnni::many(coded, tokens, rows, (&mut scratch[0], out)),
+            (CpuPath::Avx512 | CpuPath::Amx, [token]) => zmm::one(coded, token, rows, out),
+            (CpuPath::Amx, tokens) if tokens.len() >= AMX_TOKENS_MIN => {
+                amx::many(coded, (&rounded.packed, tokens.len()), rows, (scratch, out));
+            }
+            (CpuPath::Avx512 | CpuPath::Amx, _) => zmm::many(coded, tokens, rows, (&mut scratch[0], out)),
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
@@ -246,17 +267,53 @@ impl Cpu {
         }
     }
 
-    /// Multiplies rows that are decoded to f32 one by one.
-    fn rows_in_floats(&self, job: &Job<'_>, rows: Range<usize>, scratch: &mut Scratch) {
+    /// Gives the weights of a matrix that is multiplied in bf16.
+    fn row_major_bf16<'a>(&self, weight: &'a Matrix) -> Option<&'a [[u8; 2]]> {
+        match weight {
+            Matrix::Dense(dense) if dense.float_type() == FloatType::Bf16 && dense.col_stride() == 1 => {
+                (self.path != CpuPath::Scalar).then(|| dense.region().bytes().as_chunks().0)
+            }
+            Matrix::Dense(_) | Matrix::Nf4(_) | Matrix::Mxfp4(_) => None,
+        }
+    }
+
+    /// Multiplies rows of bf16, several at a time.
+    fn rows_in_bf16(&self, job: &Job<'_>, weights: &[[u8; 2]], rows: Range<usize>) {
         let columns = job.weight.cols();
-        scratch.floats.resize(columns, 0.0);
-        for row in rows {
-            job.weight.decode_row(row, &mut scratch.floats);
+        for first in rows.clone().step_by(BF16_ROWS) {
+            // Rows behind the last one repeat it.
+            let some: [usize; BF16_ROWS] = std::array::from_fn(|i| (first + i).min(rows.end - 1));
+            let weights = some.map(|row| &weights[row * columns..(row + 1) * columns]);
             for (token, x) in job.x.chunks_exact(columns).enumerate() {
-                job.out.put(token, row, self.dot(&scratch.floats, x));
+                for (row, product) in some.into_iter().zip((self.dot_bf16)(weights, x)) {
+                    job.out.put(token, row, product);
+                }
             }
         }
     }
+
+    /// Multiplies rows that are decoded to f32 one by one.
+    fn rows_in_floats(&self, job: &Job<'_>, rows: Range<usize>, decoded: &mut Decoded) {
+        let columns = job.weight.cols();
+        if let Some(weights) = self.row_major_bf16(job.weight) {
+            return self.rows_in_bf16(job, weights, rows);
+        }
+        decoded.floats.resize(columns, 0.0);
+        for row in rows {
+            job.weight.decode_row(row, &mut decoded.floats[..columns]);
+            for (token, x) in job.x.chunks_exact(columns).enumerate() {
+                job.out.put(token, row, self.dot(&decoded.floats[..columns], x));
+            }
+        }
+    }
+}
+
+/// The activations of a product, rounded to bytes.
+#[derive(Debug, Default)]
+struct Rounded {
+    tokens: Vec<Token>,
+    #[cfg(target_arch = "x86_64")]
+    packed: amx::Packed,
 }
 
 /// A product that is being computed.
@@ -265,7 +322,7 @@ struct Job<'a> {
     x: &'a [f32],
     weight: &'a Matrix,
     coded: Option<Coded<'a>>,
-    tokens: &'a [Token],
+    rounded: &'a Rounded,
     task_rows: usize,
     out: Output<'a>,
 }

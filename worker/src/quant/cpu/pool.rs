@@ -28,12 +28,15 @@ const OPEN: u64 = 1 << 31;
 const INSIDE: u64 = OPEN - 1;
 const LOOP: u64 = 1 << 32;
 
-/// What a task may use for itself; it finds there what the task before left.
+/// What a task may use for itself: room for two tiles of weights. It finds there what the task before left.
+pub(super) type Scratch = [Decoded; 2];
+
+/// Rows of a weight that were decoded.
 #[derive(Debug, Default)]
-pub(super) struct Scratch {
-    /// Decoded weights.
+pub(super) struct Decoded {
+    /// Their integers.
     pub(super) lines: Vec<Line>,
-    /// Numbers beside them.
+    /// Their scales, or their floats.
     pub(super) floats: Vec<f32>,
 }
 

@@ -22,7 +22,7 @@ macro_rules! kernels {
             use std::ops::Range;
 
             use super::super::lines::{Coded, LANES, Line, Output, Token};
-            use super::super::pool::Scratch;
+            use super::super::pool::Decoded;
             use super::{$add as add_products, *};
 
             /// Whether sums are of weights with an offset.
@@ -46,7 +46,7 @@ macro_rules! kernels {
 
             #[target_feature(enable = $features)]
             fn row_of_one<const BLOCKS: usize>(coded: &Coded<'_>, token: &Token, row: usize) -> f32 {
-                let decoder = Decoder::new(coded.kind, $offset);
+                let table = table(coded.kind, $offset);
                 let (whole, rest) = coded.row(row);
                 let mut lanes = _mm256_setzero_ps();
                 let mut scales = [0.0f32; SCALES];
@@ -66,13 +66,13 @@ macro_rules! kernels {
                         let lines = &token.lines[first..first + per_group];
                         prefetch(codes);
                         for i in 0..per_group {
-                            let (high, low) = decoder.decode(&codes[i]);
+                            let (high, low) = decode(table, &codes[i]);
                             sums[i] = add_products(sums[i], high, load_half(&lines[i], 0));
                             sums[i] = add_products(sums[i], low, load_half(&lines[i], 1));
                         }
                     } else {
                         for i in 0..per_group.min(coded.segments() - first) {
-                            let (high, low) = decoder.decode(&segment(whole, rest, first + i));
+                            let (high, low) = decode(table, &segment(whole, rest, first + i));
                             let line = &token.lines[first + i];
                             sums[i] = add_products(sums[i], high, load_half(line, 0));
                             sums[i] = add_products(sums[i], low, load_half(line, 1));
@@ -93,14 +93,14 @@ macro_rules! kernels {
                 coded: &Coded<'_>,
                 tokens: &[Token],
                 rows: Range<usize>,
-                (scratch, out): (&mut Scratch, &Output<'_>),
+                (scratch, out): (&mut Decoded, &Output<'_>),
             ) {
                 #[target_feature(enable = $features)]
                 fn inner(
                     coded: &Coded<'_>,
                     tokens: &[Token],
                     rows: Range<usize>,
-                    (scratch, out): (&mut Scratch, &Output<'_>),
+                    (scratch, out): (&mut Decoded, &Output<'_>),
                 ) {
                     for first in rows.clone().step_by(TILE) {
                         let tile = first..rows.end.min(first + TILE);
@@ -132,8 +132,8 @@ macro_rules! kernels {
             /// Decodes up to eight rows into `scratch`: of each segment 16 quads, a quad being four bytes of each row, and of
             /// each block the scales of the rows. Rows that are missing repeat the last one.
             #[target_feature(enable = $features)]
-            fn decode_tile(coded: &Coded<'_>, rows: Range<usize>, scratch: &mut Scratch) {
-                let decoder = Decoder::new(coded.kind, $offset);
+            fn decode_tile(coded: &Coded<'_>, rows: Range<usize>, scratch: &mut Decoded) {
+                let table = table(coded.kind, $offset);
                 let (segments, blocks) = (coded.segments(), coded.blocks());
                 scratch.lines.resize(segments * TILE, Line::ZERO);
                 // Behind the tile's scales those of one row, before they are dealt out.
@@ -150,7 +150,7 @@ macro_rules! kernels {
                     let mut high = [_mm256_setzero_si256(); TILE];
                     let mut low = high;
                     for (i, (whole, rest)) in sources.iter().enumerate() {
-                        (high[i], low[i]) = decoder.decode(&segment(whole, rest, index));
+                        (high[i], low[i]) = decode(table, &segment(whole, rest, index));
                     }
                     let (first, second) = lines.split_at_mut(TILE / 2);
                     store_quads(first, transpose(high));
@@ -163,7 +163,7 @@ macro_rules! kernels {
             fn tile_times<const BLOCKS: usize, const TOKENS: usize>(
                 tokens: [&Token; TOKENS],
                 coded: &Coded<'_>,
-                scratch: &Scratch,
+                scratch: &Decoded,
                 mut products: impl FnMut(usize, [f32; TILE]),
             ) {
                 let mut lanes = [[_mm256_setzero_ps(); TOKENS]; LANES];
@@ -222,34 +222,26 @@ const PREFETCH: usize = 4096;
 kernels!(avx2, "avx2,fma", 0, add_by_sign);
 kernels!(avxvnni, "avx2,fma,avxvnni", 128, add_by_vnni);
 
-/// Turns codes into integers.
-#[derive(Clone, Copy)]
-struct Decoder {
-    table: __m256i,
+/// Gives the integers of a kind, each with `offset` added, twice over.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn table(kind: Kind, offset: u8) -> __m256i {
+    let integers = kind.integers().map(|integer| integer.cast_unsigned().wrapping_add(offset));
+    // SAFETY: 16 bytes are read from an array of as many.
+    let table = unsafe { _mm_loadu_si128(integers.as_ptr().cast()) };
+    _mm256_broadcastsi128_si256(table)
 }
 
-impl Decoder {
-    /// Takes the table of a kind, each of its integers with `offset` added.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn new(kind: Kind, offset: u8) -> Decoder {
-        let integers = kind.integers().map(|integer| integer.cast_unsigned().wrapping_add(offset));
-        // SAFETY: 16 bytes are read from an array of as many.
-        let table = unsafe { _mm_loadu_si128(integers.as_ptr().cast()) };
-        Decoder { table: _mm256_broadcastsi128_si256(table) }
-    }
-
-    /// Gives the integers of the high nibbles, then those of the low ones.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn decode(self, codes: &[u8; SEGMENT_BYTES]) -> (__m256i, __m256i) {
-        // SAFETY: 32 bytes are read from an array of as many.
-        let codes = unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) };
-        let nibble = _mm256_set1_epi8(15);
-        let high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
-        let low = _mm256_and_si256(codes, nibble);
-        (_mm256_shuffle_epi8(self.table, high), _mm256_shuffle_epi8(self.table, low))
-    }
+/// Turns the codes of a segment into integers: those of high nibbles, and those of low ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn decode(table: __m256i, codes: &[u8; SEGMENT_BYTES]) -> (__m256i, __m256i) {
+    // SAFETY: 32 bytes are read from an array of as many.
+    let codes = unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) };
+    let nibble = _mm256_set1_epi8(15);
+    let high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
+    let low = _mm256_and_si256(codes, nibble);
+    (_mm256_shuffle_epi8(table, high), _mm256_shuffle_epi8(table, low))
 }
 
 /// Adds products of signed weights to sums.
@@ -269,7 +261,7 @@ fn add_by_vnni(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
 
 /// Gives a segment's codes; where the row ends in its middle, zeros follow, which meet activations of zero.
 #[inline(always)]
-fn segment(whole: &[[u8; SEGMENT_BYTES]], rest: &[u8], index: usize) -> [u8; SEGMENT_BYTES] {
+pub(super) fn segment(whole: &[[u8; SEGMENT_BYTES]], rest: &[u8], index: usize) -> [u8; SEGMENT_BYTES] {
     whole.get(index).copied().unwrap_or_else(|| {
         let mut codes = [0; SEGMENT_BYTES];
         codes[..rest.len()].copy_from_slice(rest);
@@ -294,7 +286,7 @@ fn prefetch(codes: &[[u8; SEGMENT_BYTES]]) {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_half(line: &Line, half: usize) -> __m256i {
+pub(super) fn load_half(line: &Line, half: usize) -> __m256i {
     let bytes: &[[i8; SEGMENT_BYTES]] = line.0.as_chunks().0;
     // SAFETY: 32 bytes are read from an array of as many.
     unsafe { _mm256_loadu_si256(bytes[half].as_ptr().cast()) }
@@ -310,7 +302,7 @@ fn broadcast(line: &Line, quad: usize) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_f32(numbers: &[f32]) -> __m256 {
+pub(super) fn load_f32(numbers: &[f32]) -> __m256 {
     let first = numbers.first_chunk::<LANES>().expect("scales come in whole vectors");
     // SAFETY: eight numbers are read from an array of as many.
     unsafe { _mm256_loadu_ps(first.as_ptr()) }
@@ -318,7 +310,7 @@ fn load_f32(numbers: &[f32]) -> __m256 {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_i32(numbers: &[i32]) -> __m256i {
+pub(super) fn load_i32(numbers: &[i32]) -> __m256i {
     let first = numbers.first_chunk::<LANES>().expect("corrections come in whole vectors");
     // SAFETY: eight numbers are read from an array of as many.
     unsafe { _mm256_loadu_si256(first.as_ptr().cast()) }
@@ -335,12 +327,17 @@ fn store_f32(vector: __m256) -> [f32; TILE] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
+pub(super) fn store_half(line: &mut Line, half: usize, bytes: __m256i) {
+    let halves: &mut [[i8; SEGMENT_BYTES]] = line.0.as_chunks_mut().0;
+    // SAFETY: 32 bytes are written to an array of as many.
+    unsafe { _mm256_storeu_si256(halves[half].as_mut_ptr().cast(), bytes) };
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
 fn store_quads(lines: &mut [Line], quads: [__m256i; QUADS]) {
-    for (line, quads) in lines.iter_mut().zip(quads.as_chunks::<2>().0) {
-        for (bytes, quad) in line.0.as_chunks_mut::<SEGMENT_BYTES>().0.iter_mut().zip(quads) {
-            // SAFETY: 32 bytes are written to an array of as many.
-            unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), *quad) };
-        }
+    for (quad, bytes) in quads.into_iter().enumerate() {
+        store_half(&mut lines[quad / 2], quad % 2, bytes);
     }
 }
 
@@ -379,7 +376,7 @@ fn add_across_halves([a, b, c, d, ..]: [__m256i; LANES]) -> __m256i {
 /// Adds the lanes of a row, in the order of `lines::add_up`.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_up(lanes: __m256) -> f32 {
+pub(super) fn add_up(lanes: __m256) -> f32 {
     let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
@@ -388,7 +385,7 @@ fn add_up(lanes: __m256) -> f32 {
 /// Turns eight rows of eight elements of 32 bits around.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn transpose([a, b, c, d, e, f, g, h]: [__m256i; TILE]) -> [__m256i; TILE] {
+pub(super) fn transpose([a, b, c, d, e, f, g, h]: [__m256i; TILE]) -> [__m256i; TILE] {
     let four = |a, b, c, d| {
         let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
         let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
