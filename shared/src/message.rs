@@ -121,6 +121,8 @@ pub struct LoadPlan {
     pub may_use_processor: bool,
     /// Threads that compute; 0 lets the worker count its cores.
     pub threads: u32,
+    /// By which instructions the processor computes.
+    pub cpu: CpuChoice,
     /// Context to serve, in tokens; 0 takes the model's own.
     pub context_tokens: u32,
     /// Sequences that may run in one batch.
@@ -155,6 +157,45 @@ pub enum DeviceChoice {
     Cpu,
     /// A CUDA card by its number.
     Cuda(u32),
+}
+
+/// By which instructions a processor computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub enum CpuChoice {
+    /// The best that it has.
+    #[default]
+    Auto,
+    /// Plain f32 arithmetic: exact but for the order of sums, and slow.
+    Scalar,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX2 with AVX-VNNI.
+    AvxVnni,
+    /// AVX-512 with VNNI.
+    Avx512,
+    /// AVX-512 with VNNI, and AMX in int8.
+    Amx,
+}
+
+impl CpuChoice {
+    /// All of them.
+    pub const ALL: [CpuChoice; 6] =
+        [CpuChoice::Auto, CpuChoice::Scalar, CpuChoice::Avx2, CpuChoice::AvxVnni, CpuChoice::Avx512, CpuChoice::Amx];
+
+    /// The words for settings, in the order of `ALL`.
+    pub const WORDS: [&'static str; 6] = ["auto", "scalar", "avx2", "avxvnni", "avx512", "amx"];
+
+    /// Gives the word for settings and status lines.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        CpuChoice::WORDS[self as usize]
+    }
+
+    /// Finds the choice by its word.
+    #[must_use]
+    pub fn parse(word: &str) -> Option<CpuChoice> {
+        CpuChoice::ALL.into_iter().find(|choice| choice.as_str() == word)
+    }
 }
 
 /// Gives what a worker may hold on a card of this size: what was asked for, or the smaller of 22 GiB and nine tenths of
@@ -332,6 +373,14 @@ mod tests {
         ] {
             assert_eq!(device_budget(Bytes(asked), Bytes(card)), Bytes(expected), "{asked} of {card}");
         }
+    }
+
+    #[test]
+    fn every_way_to_compute_has_its_word() {
+        for (choice, word) in CpuChoice::ALL.into_iter().zip(CpuChoice::WORDS) {
+            assert_eq!((choice.as_str(), CpuChoice::parse(word)), (word, Some(choice)));
+        }
+        assert_eq!(CpuChoice::parse("AVX2"), None);
     }
 
     #[test]

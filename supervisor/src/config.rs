@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
-use bulkhead_shared::message::{Faults, KvType};
+use bulkhead_shared::message::{CpuChoice, Faults, KvType};
 use bulkhead_shared::units::Bytes;
 
 use layers::Settings;
@@ -56,6 +56,7 @@ pub(crate) const KEYS: &[Key] = &[
         "how keys and values are kept: bf16, or int8 (on a card) for half the memory",
     ),
     key("threads", Kind::Number { min: 0, max: 1024 }, "0", "threads that compute; 0: one for each core"),
+    key("cpu", Kind::Choice(&CpuChoice::WORDS), "auto", "instructions to compute with on the processor"),
     key("context_tokens", CONTEXT, "0", "tokens of prompt and answer together; 0: the model's own limit"),
     key("sequences_max", SEQUENCES, "8", "requests that are computed at the same time"),
     key("queue_max", Kind::Number { min: 0, max: 65_536 }, "256", "requests that may wait"),
@@ -109,6 +110,8 @@ pub struct Config {
     pub kv_cache_type: KvType,
     /// Threads that compute; 0 lets the worker count.
     pub threads: u32,
+    /// By which instructions the processor computes.
+    pub cpu: CpuChoice,
     /// Context to serve; 0 takes the model's own.
     pub context_tokens: u32,
     /// Requests in one batch.
@@ -325,6 +328,8 @@ impl Settings {
             device_memory: memory,
             kv_cache_type,
             threads: self.small("threads"),
+            // One of the words, or a fault that is reported.
+            cpu: CpuChoice::parse(self.text("cpu")).unwrap_or_default(),
             context_tokens: self.small("context_tokens"),
             sequences_max: self.small("sequences_max"),
             queue_max: self.size("queue_max"),

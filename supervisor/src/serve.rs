@@ -145,6 +145,7 @@ impl Doors {
         let startup = Startup {
             model_dir: model_dir.clone(),
             threads: config.threads,
+            cpu: config.cpu,
             sandbox: config.sandbox,
             landlock_abi_min: config.landlock_abi_min,
         };
@@ -227,6 +228,7 @@ fn plan(config: &Config, model_dir: String) -> LoadPlan {
         device_budget: config.device_memory,
         kv_type: config.kv_cache_type,
         threads: config.threads,
+        cpu: config.cpu,
         context_tokens: config.context_tokens,
         sequences_max: config.sequences_max,
         kv_bytes: Bytes(0),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_worker::eval::{DecoderPath, EvalArgs, ValueType, WeightChoice, run};
 use bulkhead_worker::prepare::Prepared;
 use bulkhead_worker::sandbox::Sandboxed;
@@ -50,6 +50,8 @@ pub struct Ask {
     pub dtype: ValueType,
     /// Who computes.
     pub decoder_path: DecoderPath,
+    /// By which instructions what is served computes.
+    pub cpu: CpuChoice,
     /// How long a continuation.
     pub greedy: usize,
 }
@@ -58,7 +60,7 @@ impl Ask {
     /// Asks for the plain decoder in f32 without continuation.
     #[must_use]
     pub fn reference(quant: WeightChoice) -> Ask {
-        Ask { quant, dtype: ValueType::F32, decoder_path: DecoderPath::Reference, greedy: 0 }
+        Ask { quant, dtype: ValueType::F32, decoder_path: DecoderPath::Reference, cpu: CpuChoice::Auto, greedy: 0 }
     }
 }
 
@@ -70,10 +72,10 @@ pub fn evaluate(model: &Path, tokens: &[i64], ask: Ask) -> Result<Evaluated> {
     let folder = tempfile::tempdir()?;
     let (input, output) = (folder.path().join("in.json"), folder.path().join("out.safetensors"));
     std::fs::write(&input, serde_json::json!({ "input_ids": tokens }).to_string())?;
-    let Ask { quant, dtype, decoder_path, greedy } = ask;
+    let Ask { quant, dtype, decoder_path, cpu, greedy } = ask;
     let (model, device) = (model.to_owned(), DeviceChoice::Cpu);
-    let args = EvalArgs { model, input, output: output.clone(), quant, dtype, decoder_path, device, greedy };
-    run(&Sandboxed::without_walls(), Prepared::start(device, 0)?, &args)?;
+    let args = EvalArgs { model, input, output: output.clone(), quant, dtype, decoder_path, device, cpu, greedy };
+    run(&Sandboxed::without_walls(), Prepared::start(device, cpu, 0)?, &args)?;
     let tensors = Tensors::read(&output)?;
     let greedy = if greedy == 0 { Vec::new() } else { tensors.integers("greedy")? };
     Ok(Evaluated { logits: tensors.rows("logits")?, greedy })

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_shared::units::Bytes;
 use bulkhead_tests::synth::{Format, Order, SHARD_BYTES_MAX, synthesize};
 use bulkhead_worker::bench::{self, BenchArgs, BenchError};
@@ -18,7 +18,7 @@ use serde_json::Value;
 
 /// Runs the command in this process, which has no walls.
 fn run(args: &BenchArgs, out: &mut Vec<u8>) -> Result<(), BenchError> {
-    let prepared = Prepared::start(args.device, args.threads as usize)?;
+    let prepared = Prepared::start(args.device, args.cpu, args.threads as usize)?;
     bench::run(&Sandboxed::without_walls(), prepared, args, out)
 }
 
@@ -40,6 +40,7 @@ fn args(model: &Path) -> BenchArgs {
         batch: 1,
         threads: 2,
         device: DeviceChoice::Cpu,
+        cpu: CpuChoice::Auto,
         device_memory: Bytes(0),
         repetitions: 2,
         json,

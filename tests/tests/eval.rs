@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_tests::oracle::{self, Ask, evaluate};
 use bulkhead_worker::eval::{self, DecoderPath, EvalArgs, EvalError, ValueType, WeightChoice};
 use bulkhead_worker::prepare::Prepared;
@@ -12,7 +12,7 @@ use bulkhead_worker::sandbox::Sandboxed;
 /// Runs the command in this process, which has no walls.
 #[expect(clippy::result_large_err, reason = "it is the command's own error")]
 fn run(args: &EvalArgs) -> Result<(), EvalError> {
-    eval::run(&Sandboxed::without_walls(), Prepared::start(args.device, 0)?, args)
+    eval::run(&Sandboxed::without_walls(), Prepared::start(args.device, args.cpu, 0)?, args)
 }
 
 struct Case {
@@ -33,6 +33,7 @@ impl Case {
             dtype: ValueType::F32,
             decoder_path: DecoderPath::Reference,
             device: DeviceChoice::Cpu,
+            cpu: CpuChoice::Auto,
             greedy: 0,
         };
         Ok(Case { folder, args })

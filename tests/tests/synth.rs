@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use bulkhead_shared::message::CpuChoice;
 use bulkhead_tests::oracle::{Ask, evaluate, json, relative_error};
 use bulkhead_tests::synth::{Format, Made, Order, SHARD_BYTES_MAX, synthesize};
 use bulkhead_worker::checkpoint::Checkpoint;
@@ -48,7 +49,8 @@ fn every_format_computes_sensible_logits_on_both_paths() -> Result<()> {
         assert_eq!(GenerationConfig::open(folder.path())?.eos, [633, 632, 639]);
         let tokens: Vec<i64> = (0..40).map(|i| i * 37 % 600).collect();
         let plain = evaluate(folder.path(), &tokens, Ask::reference(WeightChoice::File))?;
-        let fast = Ask { decoder_path: DecoderPath::Fast, ..Ask::reference(WeightChoice::File) };
+        let fast =
+            Ask { decoder_path: DecoderPath::Fast, cpu: CpuChoice::Scalar, ..Ask::reference(WeightChoice::File) };
         let fast = evaluate(folder.path(), &tokens, fast)?;
         // The served path rounds keys and values to bf16.
         let error = relative_error(&fast.logits, &plain.logits);

@@ -17,13 +17,13 @@ use std::time::Instant;
 
 use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
-use bulkhead_shared::message::{DeviceChoice, Facts, Faults, KvType, LoadPlan, MemoryKind};
+use bulkhead_shared::message::{CpuChoice, DeviceChoice, Facts, Faults, KvType, LoadPlan, MemoryKind};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, value_parser};
 
 use self::measure::Sequences;
 use self::report::{Asked, Memory, Report, Spread};
-use crate::device::{parse_device, parse_memory};
+use crate::device::{parse_cpu, parse_device, parse_memory};
 use crate::engine::backend::Backend;
 use crate::engine::pager::BLOCK_TOKENS;
 use crate::loader::{LoadError, LoadedModel, load};
@@ -52,6 +52,9 @@ pub struct BenchArgs {
     /// Threads that compute; 0 is one per core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: u32,
+    /// Instructions to compute with on the processor: auto, scalar, avx2, avxvnni, avx512 or amx
+    #[arg(long, value_name = "PATH", default_value = "auto", value_parser = parse_cpu)]
+    pub cpu: CpuChoice,
     /// Where to compute: cpu or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
     pub device: DeviceChoice,
@@ -209,6 +212,7 @@ fn plan(args: &BenchArgs, context_tokens: u32) -> Result<LoadPlan, BenchError> {
         device: args.device,
         may_use_processor: false,
         threads: args.threads,
+        cpu: args.cpu,
         context_tokens,
         sequences_max: args.batch,
         kv_bytes: Bytes(0),

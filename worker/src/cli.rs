@@ -7,11 +7,11 @@ use std::process::ExitCode;
 
 use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::layers::SandboxMode;
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use clap::{Args, Parser, Subcommand};
 use tracing::error;
 
-use crate::device::{parse_device, parse_sandbox};
+use crate::device::{parse_cpu, parse_device, parse_sandbox};
 use crate::prepare::{self, Prepared};
 use crate::sandbox::{Sandboxed, Starter, Walls, of_model};
 use crate::serve::ServeError;
@@ -56,6 +56,9 @@ struct ServeArgs {
     /// Threads that compute; 0 is one per core
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: u32,
+    /// Instructions to compute with: auto, scalar, avx2, avxvnni, avx512 or amx
+    #[arg(long, value_name = "INSTRUCTIONS", default_value = "auto", value_parser = parse_cpu)]
+    cpu: CpuChoice,
     /// The process that started this one, with which it ends
     #[arg(long, value_name = "PID")]
     supervisor: i32,
@@ -70,27 +73,29 @@ pub fn main() -> ExitCode {
     let Cli { command, sandbox } = Cli::parse();
     match command {
         Command::Serve(args) => serve(&args, sandbox),
-        Command::Eval(args) => {
-            behind_walls(eval::walls(&args, sandbox), 0, |proof, prepared| eval::run(proof, prepared, &args))
-        }
+        Command::Eval(args) => behind_walls(eval::walls(&args, sandbox), (args.cpu, 0), |proof, prepared| {
+            eval::run(proof, prepared, &args)
+        }),
         #[cfg(feature = "cuda")]
         Command::Devices(args) => end_by_hand(crate::cuda::devices::run(&args, &mut std::io::stdout())),
-        Command::Plan(args) => {
-            behind_walls(plan::walls(&args, sandbox), 1, |proof, _| plan::run(proof, &args, &mut std::io::stdout()))
-        }
-        Command::Bench(args) => behind_walls(bench::walls(&args, sandbox), args.threads, |proof, prepared| {
-            bench::run(proof, prepared, &args, &mut std::io::stdout())
+        Command::Plan(args) => behind_walls(plan::walls(&args, sandbox), (CpuChoice::Auto, 1), |proof, _| {
+            plan::run(proof, &args, &mut std::io::stdout())
         }),
+        Command::Bench(args) => {
+            behind_walls(bench::walls(&args, sandbox), (args.cpu, args.threads), |proof, prepared| {
+                bench::run(proof, prepared, &args, &mut std::io::stdout())
+            })
+        }
     }
 }
 
 /// Runs a command that a person started behind its walls.
 fn behind_walls<E: std::fmt::Display>(
     walls: Walls,
-    threads: u32,
+    (cpu, threads): (CpuChoice, u32),
     run: impl FnOnce(&Sandboxed, Prepared) -> Result<(), E>,
 ) -> ExitCode {
-    let (sealed, prepared) = match prepare::behind_walls(walls, threads as usize) {
+    let (sealed, prepared) = match prepare::behind_walls(walls, cpu, threads as usize) {
         Ok(both) => both,
         Err(error) => return end_by_hand(Err(error)),
     };
@@ -123,7 +128,7 @@ fn serve(args: &ServeArgs, mode: SandboxMode) -> ExitCode {
         landlock_abi_min: args.landlock_abi_min,
         ..Walls::of_person(mode, args.device, of_model(Path::new(&args.model)))
     };
-    let served = prepare::behind_walls(walls, args.threads as usize).map_err(ServeError::from);
+    let served = prepare::behind_walls(walls, args.cpu, args.threads as usize).map_err(ServeError::from);
     let exit = match served.and_then(|(sealed, prepared)| serve::run(sealed, prepared, &args.model)) {
         Ok(()) => WorkerExit::Orderly,
         Err(end) => {

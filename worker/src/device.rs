@@ -5,8 +5,10 @@
 
 use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::layers::SandboxMode;
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_shared::units::Bytes;
+
+use crate::quant::cpu::CpuPath;
 
 /// Reads a device's name: `cpu` or `cuda:N`.
 ///
@@ -18,6 +20,27 @@ pub fn parse_device(text: &str) -> Result<DeviceChoice, String> {
         ("cpu", _) => Ok(DeviceChoice::Cpu),
         (_, Some(number)) => Ok(DeviceChoice::Cuda(number)),
         (_, None) => Err(format!("{text:?} is not a device: use cpu or cuda:N, such as cuda:0")),
+    }
+}
+
+/// Reads by which instructions to compute.
+///
+/// # Errors
+/// A sentence for whoever wrote it.
+pub fn parse_cpu(text: &str) -> Result<CpuChoice, String> {
+    CpuChoice::parse(text).ok_or_else(|| format!("{text:?} is none of {}", CpuChoice::WORDS.join(", ")))
+}
+
+/// Gives the path that a choice stands for; it need not be one that the processor has.
+#[must_use]
+pub fn cpu_path(choice: CpuChoice) -> CpuPath {
+    match choice {
+        CpuChoice::Auto => CpuPath::detect(),
+        CpuChoice::Scalar => CpuPath::Scalar,
+        CpuChoice::Avx2 => CpuPath::Avx2,
+        CpuChoice::AvxVnni => CpuPath::AvxVnni,
+        CpuChoice::Avx512 => CpuPath::Avx512,
+        CpuChoice::Amx => CpuPath::Amx,
     }
 }
 

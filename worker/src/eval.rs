@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_shared::layers::SandboxMode;
-use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan};
+use bulkhead_shared::message::{CpuChoice, DeviceChoice, Faults, KvType, LoadPlan};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum};
 use safetensors::tensor::TensorView;
@@ -17,7 +17,7 @@ use safetensors::{Dtype, SafeTensorError};
 use serde::Deserialize;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, read_limited};
-use crate::device::parse_device;
+use crate::device::{parse_cpu, parse_device};
 use crate::engine::single::Single;
 use crate::loader::{LoadError, place};
 use crate::model::batch::Role;
@@ -57,6 +57,9 @@ pub struct EvalArgs {
     /// Where what is served computes: cpu or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
     pub device: DeviceChoice,
+    /// Instructions to compute with on the processor: auto, scalar, avx2, avxvnni, avx512 or amx
+    #[arg(long, value_name = "PATH", default_value = "auto", value_parser = parse_cpu)]
+    pub cpu: CpuChoice,
     /// Also continue the prompt by the N most likely tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub greedy: usize,
@@ -275,6 +278,7 @@ fn fast_path(
         device: args.device,
         may_use_processor: false,
         threads: 0,
+        cpu: args.cpu,
         context_tokens: length,
         sequences_max: 1,
         kv_bytes: Bytes(0),

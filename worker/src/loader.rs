@@ -21,7 +21,7 @@ use crate::model::config::{Architecture, Config, ConfigError};
 use crate::model::decoder::Decoder;
 use crate::model::weights::{self, Progress, Quantize, Weights};
 use crate::prepare::Prepared;
-use crate::quant::cpu::Cpu;
+use crate::quant::cpu::{Cpu, CpuError};
 use crate::sandbox::Sandboxed;
 use crate::text::chat::{ChatFormat, ChatSource};
 use crate::text::error::TextError;
@@ -52,9 +52,9 @@ pub enum LoadError {
     /// The device.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A thread that the system refused.
-    #[error("a thread could not be started: {0}")]
-    Thread(#[source] rayon::ThreadPoolBuildError),
+    /// The processor, or a thread on it.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
 }
 
 impl LoadError {
@@ -65,7 +65,8 @@ impl LoadError {
             LoadError::Checkpoint(_) | LoadError::Config(_) | LoadError::Text(_) => WorkerExit::BadModel,
             LoadError::Plan(_) | LoadError::NoSuchDevice(_) => WorkerExit::BadConfig,
             LoadError::Device(error) => error.exit(),
-            LoadError::Thread(_) => WorkerExit::OutOfHostMemory,
+            LoadError::Cpu(CpuError::Missing(_)) => WorkerExit::BadConfig,
+            LoadError::Cpu(CpuError::Thread(_)) => WorkerExit::OutOfHostMemory,
         }
     }
 }

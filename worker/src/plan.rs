@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
-use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan, device_budget};
+use bulkhead_shared::message::{CpuChoice, DeviceChoice, Faults, KvType, LoadPlan, device_budget};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum, value_parser};
 use serde::Serialize;
@@ -168,6 +168,7 @@ fn wishes(args: &PlanArgs, context_tokens: u32) -> LoadPlan {
         device: DeviceChoice::Cuda(0),
         may_use_processor: false,
         threads: 0,
+        cpu: CpuChoice::Auto,
         context_tokens,
         sequences_max: args.sequences,
         kv_bytes: Bytes(0),

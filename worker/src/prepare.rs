@@ -5,8 +5,9 @@
 //! filter of system calls would forbid, and every thread that must be there before it, belongs into [`Prepared::start`].
 //! Refuses: to read anything of a model.
 
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 
+use crate::device::cpu_path;
 use crate::loader::LoadError;
 use crate::quant::cpu::Cpu;
 use crate::sandbox::{self, Sealed, Walls};
@@ -24,11 +25,13 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Opens the device and starts `threads` threads that compute; 0: one for each core that this process may use.
+    /// Opens the device and starts `threads` threads that compute by the processor's instructions of choice; 0: one for each
+    /// core that this process may use.
     ///
     /// # Errors
-    /// `NoSuchDevice` and `Device` for the device, `Thread` where the system refuses a thread.
-    pub fn start(device: DeviceChoice, threads: usize) -> Result<Prepared, LoadError> {
+    /// `NoSuchDevice` and `Device` for the device, `Cpu` where the system refuses a thread or the processor has no such
+    /// instructions.
+    pub fn start(device: DeviceChoice, cpu: CpuChoice, threads: usize) -> Result<Prepared, LoadError> {
         #[cfg(not(feature = "cuda"))]
         if let DeviceChoice::Cuda(index) = device {
             return Err(LoadError::NoSuchDevice(index));
@@ -39,7 +42,7 @@ impl Prepared {
                 DeviceChoice::Cpu => None,
                 DeviceChoice::Cuda(index) => Some(crate::cuda::open(index)?),
             },
-            cpu: Cpu::start(threads).map_err(LoadError::Thread)?,
+            cpu: Cpu::start_on(cpu_path(cpu), threads)?,
             device,
         })
     }
@@ -49,7 +52,7 @@ impl Prepared {
 ///
 /// # Errors
 /// As `Prepared::start`. Walls that the system refused are told by the proof.
-pub fn behind_walls(walls: Walls, threads: usize) -> Result<(Sealed, Prepared), LoadError> {
+pub fn behind_walls(walls: Walls, cpu: CpuChoice, threads: usize) -> Result<(Sealed, Prepared), LoadError> {
     let device = walls.device;
     let begun = sandbox::begin(walls);
     // Files that say how many cores a container has are closed by the walls.
@@ -59,6 +62,6 @@ pub fn behind_walls(walls: Walls, threads: usize) -> Result<(Sealed, Prepared), 
         crate::cuda::driver::open_libraries()?;
     }
     let walled = begun.wall_in();
-    let prepared = Prepared::start(device, threads)?;
+    let prepared = Prepared::start(device, cpu, threads)?;
     Ok((walled.seal(), prepared))
 }

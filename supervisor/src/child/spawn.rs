@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_shared::exit::WorkerExit;
 use bulkhead_shared::layers::SandboxMode;
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_shared::units::Bytes;
 use tokio::io::{AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
@@ -70,6 +70,8 @@ pub struct Startup {
     pub model_dir: String,
     /// Threads that compute, all of which it starts before its last wall; 0 lets it count.
     pub threads: u32,
+    /// The instructions that they compute with.
+    pub cpu: CpuChoice,
     /// How much isolation it must have.
     pub sandbox: SandboxMode,
     /// The least interface of Landlock that is enough.
@@ -195,6 +197,7 @@ fn spawn(decision: &Decision, startup: &Startup) -> Result<(Child, UnixStream), 
     command.args(["--sandbox", startup.sandbox.as_str()]);
     command.args(["--supervisor", &std::process::id().to_string()]);
     command.args(["--threads", &startup.threads.to_string()]);
+    command.args(["--cpu", startup.cpu.as_str()]);
     command.args(["--landlock-abi-min", &startup.landlock_abi_min.to_string()]);
     if decision.card.is_some() {
         command.args(["--device", &decision.to_string()]);

@@ -2,6 +2,8 @@
 
 use std::io::Write;
 
+use bulkhead_shared::message::CpuChoice;
+
 use super::*;
 
 fn load_from(flag_list: &[&str], variables: &[(&str, &str)]) -> Result<Loaded, ConfigError> {
@@ -38,11 +40,12 @@ fn later_layers_win_and_origins_are_told() {
     let file = file("queue_max = 7\nthreads = 3\nrequest_timeout = \"90s\"\nlog = { level = \"debug\" }\n");
     let path = file.path().to_str().expect("is text").to_owned();
     let loaded = load_from(
-        &["--config", &path, "--threads", "5"],
+        &["--config", &path, "--threads", "5", "--cpu", "scalar"],
         &[("BULKHEAD_THREADS", "4"), ("BULKHEAD_QUEUE_MAX", "8"), ("BULKHEAD_ALIASES", "a, b")],
     )
     .expect("is good");
     assert_eq!((loaded.config.threads, loaded.config.queue_max), (5, 8));
+    assert_eq!(loaded.config.cpu, CpuChoice::Scalar);
     assert_eq!(loaded.config.request_timeout, Duration::from_secs(90));
     assert_eq!(loaded.config.aliases, ["a", "b"]);
     for line in [
@@ -88,6 +91,7 @@ fn single_values_are_judged() {
             "--device-memory: device_memory: 255.0 MiB is not from 256.0 MiB to 4096.0 GiB",
         ),
         (&["--device-memory", "5000GiB"], "--device-memory: device_memory: 5000.0 GiB is not from"),
+        (&["--cpu", "sse2"], "--cpu: cpu: \"sse2\" is none of auto, scalar, avx2, avxvnni, avx512, amx"),
         (&["--kv-cache-type", "int4"], "--kv-cache-type: kv_cache_type: \"int4\" is none of bf16, int8"),
         (&["--device", "cpu", "--kv-cache-type", "int8"], "--kv-cache-type: kv_cache_type: int8 is for a CUDA card"),
         (&["--device", "gpu"], "--device: device: \"gpu\" is not a device"),

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use bulkhead_shared::layers::{Layer, SandboxMode};
-use bulkhead_shared::message::DeviceChoice;
+use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_worker::checkpoint::Region;
 use bulkhead_worker::prepare::behind_walls;
 use bulkhead_worker::sandbox::{ABI_MAX, Starter, Walls, of_model};
@@ -424,7 +424,7 @@ fn run() -> anyhow::Result<ExitCode> {
     if scene.text("walls") == "none" {
         return Ok(judge(attempt.expect("a known attempt")(&scene)));
     }
-    let (sealed, prepared) = behind_walls(walls(&scene)?, 2)?;
+    let (sealed, prepared) = behind_walls(walls(&scene)?, CpuChoice::Auto, 2)?;
     let _proof = sealed.demand()?;
     let Some(attempt) = attempt else { stay() };
     // On a thread that was there before the last filter, as those that compute are, or on the first.

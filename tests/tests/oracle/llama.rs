@@ -2,6 +2,7 @@
 //! saved by bitsandbytes in 4 bits.
 
 use anyhow::{Context, Result};
+use bulkhead_shared::message::CpuChoice;
 use bulkhead_tests::checkpoint::Tensors;
 use bulkhead_tests::oracle::{self, Ask, evaluate, relative_error};
 use bulkhead_worker::checkpoint::Checkpoint;
@@ -9,6 +10,7 @@ use bulkhead_worker::eval::{DecoderPath, ValueType, WeightChoice};
 use bulkhead_worker::model::config::Config;
 use bulkhead_worker::model::reference::{Precision, Reference};
 use bulkhead_worker::model::weights::{Quantize, load};
+use bulkhead_worker::quant::Matrix;
 
 use crate::logits::{Case, cases};
 use crate::served::ALIKE_ERROR_MAX;
@@ -112,7 +114,7 @@ fn the_served_decoder_computes_what_the_plain_one_does() -> Result<()> {
         let tokens: Vec<i64> = (3..90).map(|token| token * 7 % 300).collect();
         let ids: Vec<u32> = tokens.iter().map(|token| *token as u32).collect();
         let expected = Reference::new(&config, &weights, Precision::F32WithBf16Cache).logits(&ids)?.to_vec2::<f32>()?;
-        let ask = Ask { decoder_path: DecoderPath::Fast, ..Ask::reference(WeightChoice::File) };
+        let ask = Ask { decoder_path: DecoderPath::Fast, cpu: CpuChoice::Scalar, ..Ask::reference(WeightChoice::File) };
         let error = relative_error(&evaluate(&folder, &tokens, ask)?.logits, &expected);
         println!("{}: {error:.1e} from the plain decoder", folder.display());
         assert!(error <= ALIKE_ERROR_MAX, "{}: {error}", folder.display());

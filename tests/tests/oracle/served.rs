@@ -1,6 +1,7 @@
 //! The decoder that is served against the plain one, and against the oracle.
 
 use anyhow::Result;
+use bulkhead_shared::message::CpuChoice;
 use bulkhead_tests::oracle::{self, Ask, evaluate, relative_error};
 use bulkhead_worker::checkpoint::Checkpoint;
 use bulkhead_worker::eval::{DecoderPath, WeightChoice};
@@ -10,7 +11,7 @@ use bulkhead_worker::model::weights::{Quantize, load};
 
 use crate::logits::cases;
 
-/// With keys and values rounded alike only the order of sums differs; where that moves a key or value to the other side
+/// With keys and values rounded alike and exact products only the order of sums differs; where that moves a key or value to the other side
 /// of a rounding, it is off by 2^-8 of itself.
 pub(crate) const ALIKE_ERROR_MAX: f64 = 5e-4;
 
@@ -26,7 +27,8 @@ fn the_served_decoder_computes_what_the_plain_one_does() -> Result<()> {
             let tokens: Vec<u32> = case.tokens.iter().map(|token| *token as u32).collect();
             let mut plain = Reference::new(&config, &weights, Precision::F32WithBf16Cache);
             let expected = plain.logits(&tokens)?.to_vec2::<f32>()?;
-            let ask = Ask { decoder_path: DecoderPath::Fast, ..Ask::reference(WeightChoice::File) };
+            let ask =
+                Ask { decoder_path: DecoderPath::Fast, cpu: CpuChoice::Scalar, ..Ask::reference(WeightChoice::File) };
             let served = evaluate(&folder, &case.tokens, ask)?;
             let error = relative_error(&served.logits, &expected);
             println!("{model}, prompt {}: {error:.1e} from the plain decoder", case.index);
@@ -41,7 +43,8 @@ fn the_served_decoder_stays_close_to_the_oracle() -> Result<()> {
     for model in MODELS {
         let (cases, tensors) = cases(model)?;
         for case in cases {
-            let ask = Ask { decoder_path: DecoderPath::Fast, ..Ask::reference(WeightChoice::None) };
+            let ask =
+                Ask { decoder_path: DecoderPath::Fast, cpu: CpuChoice::Scalar, ..Ask::reference(WeightChoice::None) };
             let served = evaluate(&oracle::model(model), &case.tokens, ask)?;
             let expected = tensors.rows(&format!("p{}.logits_f32", case.index))?;
             let error = relative_error(&case.kept(&served.logits, expected.len()), &expected);

@@ -263,6 +263,7 @@ mod tests {
             device: bulkhead_shared::message::DeviceChoice::Cpu,
             may_use_processor: false,
             threads: 0,
+            cpu: bulkhead_shared::message::CpuChoice::Auto,
             context_tokens,
             sequences_max,
             kv_bytes: Bytes(kv_bytes),

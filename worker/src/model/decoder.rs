@@ -53,7 +53,7 @@ impl Decoder {
     #[must_use]
     pub fn new(config: Config, weights: Weights, cpu: Cpu) -> Decoder {
         let rope = RopeTable::new(&config.rope);
-        let attention = Attention::new(Vectors::detect());
+        let attention = Attention::new(Vectors::of(cpu.path()));
         Decoder { config, weights, cpu, rope, attention, progress: Arc::default() }
     }
 
@@ -156,9 +156,12 @@ impl Decoder {
     fn attention(&self, index: usize, step: &mut Step<'_>, x: &[f32], out: &mut [f32]) {
         let heads = Heads { query: self.config.heads, kv: self.config.kv_heads, dim: self.config.head_dim };
         let weights = &self.weights.layers[index].attention;
-        let mut queries = self.project(&weights.q, x);
-        let mut keys = self.project(&weights.k, x);
-        let values = self.project(&weights.v, x);
+        let [mut queries, mut keys, mut values] = [&weights.q, &weights.k, &weights.v].map(|linear| room(linear, x));
+        self.cpu.multiply(&mut [
+            weights.q.product(x, &mut queries),
+            weights.k.product(x, &mut keys),
+            weights.v.product(x, &mut values),
+        ]);
         self.rotate(&mut queries, heads.query, &step.rotation);
         self.rotate(&mut keys, heads.kv, &step.rotation);
         let width = heads.kv * heads.dim;
@@ -177,13 +180,6 @@ impl Decoder {
         }
         .attend(step.batch, &queries, &mut attended);
         weights.o.apply(&self.cpu, &attended, out);
-    }
-
-    /// Shapes: x: [batch, columns] -> [batch, rows].
-    fn project(&self, linear: &Linear, x: &[f32]) -> Vec<f32> {
-        let mut projected = vec![0.0; x.len() / linear.weight.cols() * linear.weight.rows()];
-        linear.apply(&self.cpu, x, &mut projected);
-        projected
     }
 
     /// Computes what follows the attention in a layer, be it one of this model or of the part of it that is elsewhere.
@@ -245,6 +241,13 @@ impl Decoder {
         }
         logits
     }
+}
+
+/// Makes room for what a linear layer computes from `x`.
+///
+/// Shapes: x: [batch, columns] -> [batch, rows].
+fn room(linear: &Linear, x: &[f32]) -> Vec<f32> {
+    vec![0.0; x.len() / linear.weight.cols() * linear.weight.rows()]
 }
 
 /// Rotates the two halves of each head of a row. Source: Su et al. 2021, "RoFormer", in the half-split pairing of GPT-NeoX.

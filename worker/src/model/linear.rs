@@ -1,14 +1,21 @@
 //! Applying a linear layer on the processor.
 
 use super::weights::{Linear, Weights};
-use crate::quant::cpu::Cpu;
+use crate::quant::cpu::{Cpu, Product};
 
 impl Linear {
     /// Computes `out = x * weight^T + bias`.
     ///
     /// Shapes: x: [batch, columns], out: [batch, rows].
     pub fn apply(&self, cpu: &Cpu, x: &[f32], out: &mut [f32]) {
-        cpu.matmul(x, &self.weight, self.bias.as_deref(), out);
+        cpu.multiply(&mut [self.product(x, out)]);
+    }
+
+    /// Gives `out = x * weight^T + bias`, to be computed beside other products.
+    ///
+    /// Shapes: x: [batch, columns], out: [batch, rows].
+    pub fn product<'a>(&'a self, x: &'a [f32], out: &'a mut [f32]) -> Product<'a> {
+        Product { x, weight: &self.weight, bias: self.bias.as_deref(), out }
     }
 }
 

@@ -53,39 +53,60 @@ impl Mixture<'_> {
         let choices: Vec<Choice> =
             logits.chunks_exact(self.experts.len()).flat_map(|logits| route(logits, self.used)).collect();
 
-        // Each choice's result at its own place, so that adding them up has one order.
-        let mut results = vec![0.0; choices.len() * hidden];
-        for (index, expert) in self.experts.iter().enumerate() {
-            let places: Vec<usize> = (0..choices.len()).filter(|place| choices[*place].expert == index).collect();
-            if places.is_empty() {
-                continue;
-            }
-            let row = |place: &usize| &x[place / self.used * hidden..(place / self.used + 1) * hidden];
-            let gathered: Vec<f32> = places.iter().flat_map(row).copied().collect();
-            let result = self.run_expert(expert, &gathered);
-            for (place, result) in places.iter().zip(result.chunks_exact(hidden)) {
-                results[place * hidden..(place + 1) * hidden].copy_from_slice(result);
-            }
-        }
+        // Places of choices, those of one expert together.
+        let mut order: Vec<usize> = (0..choices.len()).collect();
+        order.sort_by_key(|place| choices[*place].expert);
+        let row = |place: &usize| &x[place / self.used * hidden..(place / self.used + 1) * hidden];
+        let gathered: Vec<f32> = order.iter().flat_map(row).copied().collect();
+        let groups: Vec<(&ExpertWeights, usize)> = order
+            .chunk_by(|a, b| choices[*a].expert == choices[*b].expert)
+            .map(|places| (&self.experts[choices[places[0]].expert], places.len()))
+            .collect();
+        let results = self.run_experts(&groups, &gathered);
 
+        let mut slots = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(slot, place)| slots[*place] = slot);
         out.fill(0.0);
-        for (place, (choice, result)) in choices.iter().zip(results.chunks_exact(hidden)).enumerate() {
-            let row = place / self.used;
+        for (place, choice) in choices.iter().enumerate() {
+            let (row, slot) = (place / self.used, slots[place]);
+            let result = &results[slot * hidden..(slot + 1) * hidden];
             for (sum, value) in out[row * hidden..(row + 1) * hidden].iter_mut().zip(result) {
                 *sum += choice.weight * value;
             }
         }
     }
 
+    /// Computes each expert for the rows of its own, which follow each other.
+    ///
     /// Shapes: x: [tokens, hidden] -> [tokens, hidden].
-    fn run_expert(&self, expert: &ExpertWeights, x: &[f32]) -> Vec<f32> {
-        let tokens = x.len() / expert.gate_up.weight.cols();
-        let mut gate_up = vec![0.0; tokens * expert.gate_up.weight.rows()];
-        expert.gate_up.apply(self.cpu, x, &mut gate_up);
-        let inner: Vec<f32> = gate_up.chunks_exact(2).map(|pair| swiglu(pair[0], pair[1], self.activation)).collect();
-        let mut out = vec![0.0; tokens * expert.down.weight.rows()];
-        expert.down.apply(self.cpu, &inner, &mut out);
+    fn run_experts(&self, groups: &[(&ExpertWeights, usize)], x: &[f32]) -> Vec<f32> {
+        let Some((first, _)) = groups.first() else { return Vec::new() };
+        let (hidden, inner) = (first.gate_up.weight.cols(), first.down.weight.cols());
+        let tokens = x.len() / hidden;
+        let mut gate_up = vec![0.0; tokens * 2 * inner];
+        self.multiply(groups.iter().map(|(expert, count)| (&expert.gate_up, *count)), x, &mut gate_up);
+        let mut activated = vec![0.0; tokens * inner];
+        self.cpu.for_each_chunk(&mut activated, inner, |token, activated| {
+            let (pairs, _) = gate_up[token * 2 * inner..(token + 1) * 2 * inner].as_chunks::<2>();
+            for (value, [gate, up]) in activated.iter_mut().zip(pairs) {
+                *value = swiglu(*gate, *up, self.activation);
+            }
+        });
+        let mut out = vec![0.0; tokens * hidden];
+        self.multiply(groups.iter().map(|(expert, count)| (&expert.down, *count)), &activated, &mut out);
         out
+    }
+
+    /// Applies each linear layer to so many rows.
+    fn multiply<'a>(&self, linears: impl Iterator<Item = (&'a Linear, usize)>, mut x: &[f32], mut out: &mut [f32]) {
+        let mut products = Vec::new();
+        for (linear, rows) in linears {
+            let (own_x, later_x) = x.split_at(rows * linear.weight.cols());
+            let (own_out, later_out) = out.split_at_mut(rows * linear.weight.rows());
+            products.push(linear.product(own_x, own_out));
+            (x, out) = (later_x, later_out);
+        }
+        self.cpu.multiply(&mut products);
     }
 }
 

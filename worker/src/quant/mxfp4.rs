@@ -142,7 +142,8 @@ pub fn decode_group(block: &[u8; GROUP_BYTES], scale: u8) -> [f32; GROUP] {
 
 /// 2^(scale - 127), built from its bits: a scale below the NaN is the exponent of an f32 as it is stored, and 0 makes a
 /// subnormal.
-fn power_of_two(scale: u8) -> f32 {
+#[inline]
+pub(super) fn power_of_two(scale: u8) -> f32 {
     const MANTISSA_BITS: u32 = 23;
     match scale {
         0 => f32::from_bits(1 << (MANTISSA_BITS - 1)),

@@ -224,7 +224,7 @@ impl Scales {
 
 impl Nested {
     /// Restores the scale of a block from its code.
-    fn restore(&self, block: usize, code: u8) -> f32 {
+    pub(super) fn restore(&self, block: usize, code: u8) -> f32 {
         self.map[usize::from(code)] * self.absmax[block >> self.group.trailing_zeros()] + self.offset
     }
 

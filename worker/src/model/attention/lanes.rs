@@ -8,6 +8,8 @@
 
 use half::bf16;
 
+use crate::quant::cpu::CpuPath;
+
 /// The widest vectors that this processor and this file both know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vectors {
@@ -22,6 +24,20 @@ pub enum Vectors {
 }
 
 impl Vectors {
+    /// Takes those that go with the path of the products: one that was checked brings their instructions along.
+    #[must_use]
+    pub fn of(path: CpuPath) -> Vectors {
+        match path {
+            CpuPath::Scalar | CpuPath::Portable => Vectors::Plain,
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Avx2 | CpuPath::AvxVnni => Vectors::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Avx512 | CpuPath::Amx => Vectors::Avx512,
+            #[cfg(not(target_arch = "x86_64"))]
+            CpuPath::Avx2 | CpuPath::AvxVnni | CpuPath::Avx512 | CpuPath::Amx => Vectors::Plain,
+        }
+    }
+
     /// Asks the processor.
     #[must_use]
     pub fn detect() -> Vectors {

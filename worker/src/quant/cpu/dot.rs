@@ -6,16 +6,27 @@
 //!
 //! `unsafe` stands here only to call a function compiled for instructions that were detected before.
 
+use super::path::CpuPath;
+
 /// A dot product of two vectors of one length.
 pub(super) type Dot = fn(&[f32], &[f32]) -> f32;
+
+/// The dot products of four rows of bf16, in little endian bytes, with a vector of their length: the bits are those of `Dot`
+/// on the widened rows.
+pub(super) type DotBf16 = fn([&[[u8; 2]]; BF16_ROWS], &[f32]) -> [f32; BF16_ROWS];
+
+/// Rows of bf16 that are multiplied together: their sums do not wait for each other, as the partial sums of one row do.
+pub(super) const BF16_ROWS: usize = 4;
 
 const LANES: usize = 16;
 
 /// The widest instructions that this processor and this file both know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Instructions {
-    /// What every processor of the target has.
+    /// What every processor of the target has, rounding products before they are added.
     Baseline,
+    /// The same, rounding once.
+    Fused,
     /// AVX2 with fused multiply-add.
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -25,33 +36,35 @@ pub(super) enum Instructions {
 }
 
 impl Instructions {
-    /// Asks the processor.
-    pub(super) fn detect() -> Instructions {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") {
-                return Instructions::Avx512;
-            }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Instructions::Avx2;
-            }
+    /// Gives those of a path that was checked against the processor.
+    pub(super) fn of(path: CpuPath) -> Instructions {
+        match path {
+            CpuPath::Scalar => Instructions::Baseline,
+            CpuPath::Portable => Instructions::Fused,
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Avx2 | CpuPath::AvxVnni => Instructions::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Avx512 | CpuPath::Amx => Instructions::Avx512,
+            #[cfg(not(target_arch = "x86_64"))]
+            CpuPath::Avx2 | CpuPath::AvxVnni | CpuPath::Avx512 | CpuPath::Amx => Instructions::Fused,
         }
-        Instructions::Baseline
     }
 
-    pub(super) fn as_str(self) -> &'static str {
+    pub(super) fn dot_bf16(self) -> DotBf16 {
         match self {
-            Instructions::Baseline => "baseline",
+            Instructions::Baseline => |rows, x| bf16_in_lanes(rows, x, |x, y, sum| x * y + sum),
+            Instructions::Fused => |rows, x| bf16_in_lanes(rows, x, f32::mul_add),
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx2 => "avx2",
+            Instructions::Avx2 => x86::bf16_avx2,
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => "avx512",
+            Instructions::Avx512 => x86::bf16_avx512,
         }
     }
 
     pub(super) fn dot(self) -> Dot {
         match self {
             Instructions::Baseline => dot_plain,
+            Instructions::Fused => dot_fused,
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx2 => x86::dot_avx2,
             #[cfg(target_arch = "x86_64")]
@@ -62,6 +75,10 @@ impl Instructions {
 
 fn dot_plain(a: &[f32], b: &[f32]) -> f32 {
     dot_in_lanes(a, b, |x, y, sum| x * y + sum)
+}
+
+fn dot_fused(a: &[f32], b: &[f32]) -> f32 {
+    dot_in_lanes(a, b, f32::mul_add)
 }
 
 #[inline(always)]
@@ -78,6 +95,38 @@ fn dot_in_lanes(a: &[f32], b: &[f32], multiply_add: impl Fn(f32, f32, f32) -> f3
     for (lane, (x, y)) in a_rest.iter().zip(b_rest).enumerate() {
         sums[lane] = multiply_add(*x, *y, sums[lane]);
     }
+    add_up(sums)
+}
+
+#[inline(always)]
+fn bf16_in_lanes(
+    rows: [&[[u8; 2]]; BF16_ROWS],
+    x: &[f32],
+    multiply_add: impl Fn(f32, f32, f32) -> f32,
+) -> [f32; BF16_ROWS] {
+    let widen = |bytes: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
+    let rows = rows.map(|row| &row[..x.len()]);
+    let mut sums = [[0.0f32; LANES]; BF16_ROWS];
+    let (x_lanes, x_rest) = x.as_chunks::<LANES>();
+    let row_lanes = rows.map(|row| &row.as_chunks::<LANES>().0[..x_lanes.len()]);
+    for (index, x) in x_lanes.iter().enumerate() {
+        for (sums, row) in sums.iter_mut().zip(row_lanes) {
+            for lane in 0..LANES {
+                sums[lane] = multiply_add(widen(row[index][lane]), x[lane], sums[lane]);
+            }
+        }
+    }
+    for (sums, row) in sums.iter_mut().zip(rows) {
+        for (lane, (x, weight)) in x_rest.iter().zip(row.as_chunks::<LANES>().1).enumerate() {
+            sums[lane] = multiply_add(widen(*weight), *x, sums[lane]);
+        }
+    }
+    sums.map(add_up)
+}
+
+/// Adds partial sums pairwise.
+#[inline(always)]
+fn add_up(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -90,15 +139,33 @@ fn dot_in_lanes(a: &[f32], b: &[f32], multiply_add: impl Fn(f32, f32, f32) -> f3
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::dot_in_lanes;
+    use super::{BF16_ROWS, bf16_in_lanes, dot_in_lanes};
 
     pub(super) fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
         #[target_feature(enable = "avx2,fma")]
         fn fused(a: &[f32], b: &[f32]) -> f32 {
             dot_in_lanes(a, b, f32::mul_add)
         }
-        // SAFETY: `Instructions::detect` hands this function out only after the processor reported AVX2 and FMA.
+        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
         unsafe { fused(a, b) }
+    }
+
+    pub(super) fn bf16_avx2(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+        #[target_feature(enable = "avx2,fma")]
+        fn fused(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+            bf16_in_lanes(rows, x, f32::mul_add)
+        }
+        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
+        unsafe { fused(rows, x) }
+    }
+
+    pub(super) fn bf16_avx512(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        fn fused(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+            bf16_in_lanes(rows, x, f32::mul_add)
+        }
+        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
+        unsafe { fused(rows, x) }
     }
 
     pub(super) fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
@@ -106,7 +173,7 @@ mod x86 {
         fn fused(a: &[f32], b: &[f32]) -> f32 {
             dot_in_lanes(a, b, f32::mul_add)
         }
-        // SAFETY: `Instructions::detect` hands this function out only after the processor reported AVX-512F.
+        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
         unsafe { fused(a, b) }
     }
 }
@@ -126,13 +193,11 @@ mod tests {
 
     #[test]
     fn every_instruction_set_of_this_machine_agrees_with_plain_f64() {
-        let mut variants: Vec<(&str, Dot)> = vec![("baseline", Instructions::Baseline.dot())];
-        let detected = Instructions::detect();
-        variants.push((detected.as_str(), detected.dot()));
-        #[cfg(target_arch = "x86_64")]
-        if detected == Instructions::Avx512 {
-            variants.push(("avx2", Instructions::Avx2.dot()));
-        }
+        let variants: Vec<(&str, Dot)> = CpuPath::ALL
+            .into_iter()
+            .filter(|path| path.check().is_ok())
+            .map(|path| (path.as_str(), Instructions::of(path).dot()))
+            .collect();
         for len in [0, 1, 15, 16, 17, 64, 100, 2880] {
             let (a, b) = (vector(len, 1), vector(len, 2));
             let exact: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();

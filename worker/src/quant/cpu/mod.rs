@@ -1,47 +1,115 @@
 //! Matrix products on the processor.
 //!
-//! Owns the threads that compute and the choice of instructions. A product's every element is one dot product over the
-//! whole inner dimension, taken in one fixed order by one thread, so the bits of a result depend neither on the number of
-//! rows in the batch nor on the number of threads. Weights stay as they are stored: each row is decoded into a buffer
-//! that lives in the cache while the batch's rows are multiplied with it.
+//! Owns the threads that compute and the choice of instructions. Refuses: to decode a weight whole; each stays as it is
+//! stored, and rows of it are decoded into registers, or into a tile that lies in the nearest caches while it serves all tokens.
+//!
+//! Products of 4-bit codes are sums of bytes (see `lines`), those of floats are in f32 (see `dot`). Either way one row's
+//! product with one token has one result, by one order of rounding, so its bits depend neither on the tokens beside it nor on
+//! the number of threads; nor, among the paths other than `CpuPath::Scalar`, on the instructions.
 
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "tiles have no other form than assembly")]
+mod amx;
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod dot;
+mod lines;
+mod path;
+#[expect(unsafe_code, reason = "threads share a closure and a slice for as long as a loop lasts")]
+mod pool;
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
+mod ymm;
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
+mod zmm;
 
+use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use rayon::prelude::*;
-use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
+use self::dot::{BF16_ROWS, Dot, DotBf16, Instructions};
+use self::lines::{Coded, Output, Token};
+pub use self::path::{CpuPath, MissingFeature};
+use self::pool::{Decoded, Pool, Scratch};
+use crate::quant::{FloatType, Matrix};
 
-use self::dot::{Dot, Instructions};
-use crate::quant::Matrix;
-
-/// Rows of a weight that one task multiplies: enough to outweigh the cost of starting a task.
+/// Rows of a weight that one task multiplies at least, and what its rows are a multiple of: the most that any tile has.
 const TASK_ROWS: usize = 32;
+
+/// Tasks for each thread, so that one that is held up leaves its part to the others.
+const TASKS_PER_THREAD: usize = 8;
+
+/// Tokens that one task rounds to bytes, and the most that the caller's thread rounds alone.
+const TASK_TOKENS: usize = 4;
+
+/// Tokens from which on tiles of sixteen are worth it.
+#[cfg(target_arch = "x86_64")]
+const AMX_TOKENS_MIN: usize = 9;
+
+/// Why the processor cannot be used as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuError {
+    /// The path.
+    #[error(transparent)]
+    Missing(#[from] MissingFeature),
+    /// A thread.
+    #[error("a thread could not be started: {0}")]
+    Thread(#[source] io::Error),
+}
 
 /// The processor as a place to compute: its threads and its widest instructions.
 #[derive(Debug)]
 pub struct Cpu {
-    pool: ThreadPool,
-    instructions: Instructions,
+    pool: Pool,
+    path: CpuPath,
     dot: Dot,
+    dot_bf16: DotBf16,
+    /// Rounded activations of the products that are computed.
+    rounded: Mutex<Vec<Rounded>>,
     /// Bytes of weights and biases that products have read so far.
     bytes_read: AtomicU64,
 }
 
+/// A batch times a weight, plus a bias: `out = x * weight^T + bias`.
+///
+/// Shapes: x: [batch, columns] f32, weight: [rows, columns], bias: [rows], out: [batch, rows], all row-major.
+#[derive(Debug)]
+pub struct Product<'a> {
+    /// The batch.
+    pub x: &'a [f32],
+    /// The weight.
+    pub weight: &'a Matrix,
+    /// The bias.
+    pub bias: Option<&'a [f32]>,
+    /// The result.
+    pub out: &'a mut [f32],
+}
+
 impl Cpu {
-    /// Starts `threads` threads (0: one for each core that this process may use) and picks the instructions.
+    /// Starts computing on `threads` threads, the caller's among them (0: one for each core that this process may use), by
+    /// the best path that the processor has.
     ///
     /// # Errors
     /// When the system refuses a thread.
-    pub fn start(threads: usize) -> Result<Cpu, ThreadPoolBuildError> {
+    pub fn start(threads: usize) -> Result<Cpu, CpuError> {
+        Cpu::start_on(CpuPath::detect(), threads)
+    }
+
+    /// Starts computing by a path of choice.
+    ///
+    /// # Errors
+    /// When the processor lacks an instruction that the path needs, or the system refuses a thread.
+    pub fn start_on(path: CpuPath, threads: usize) -> Result<Cpu, CpuError> {
+        path.check()?;
         let count = match threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             given => given,
         };
-        let pool = ThreadPoolBuilder::new().num_threads(count).thread_name(|i| format!("compute-{i}")).build()?;
-        let instructions = Instructions::detect();
-        Ok(Cpu { pool, instructions, dot: instructions.dot(), bytes_read: AtomicU64::new(0) })
+        let pool = Pool::start(count).map_err(CpuError::Thread)?;
+        let instructions = Instructions::of(path);
+        let (dot, dot_bf16) = (instructions.dot(), instructions.dot_bf16());
+        Ok(Cpu { pool, path, dot, dot_bf16, rounded: Mutex::default(), bytes_read: AtomicU64::new(0) })
     }
 
     /// Describes the processor for people: `cpu (avx2, 2 threads)`.
@@ -49,13 +117,19 @@ impl Cpu {
     pub fn describe(&self) -> String {
         let threads = self.threads();
         let plural = if threads == 1 { "" } else { "s" };
-        format!("cpu ({}, {threads} thread{plural})", self.instructions.as_str())
+        format!("cpu ({}, {threads} thread{plural})", self.path)
+    }
+
+    /// Gives the path by which products are computed.
+    #[must_use]
+    pub fn path(&self) -> CpuPath {
+        self.path
     }
 
     /// Gives the number of threads.
     #[must_use]
     pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
+        self.pool.threads()
     }
 
     /// Gives the bytes of weights and biases that products have read so far: each as stored, once for a whole batch.
@@ -71,58 +145,203 @@ impl Cpu {
     /// # Panics
     /// When the lengths do not fit the weight's shape.
     pub fn matmul(&self, x: &[f32], weight: &Matrix, bias: Option<&[f32]>, out: &mut [f32]) {
-        let (rows, columns) = (weight.rows(), weight.cols());
-        let batch = x.len() / columns;
-        assert_eq!(x.len(), batch * columns, "the batch is no multiple of the weight's columns");
-        assert_eq!(out.len(), batch * rows, "the result does not fit batch and rows");
-        assert!(bias.is_none_or(|bias| bias.len() == rows), "the bias does not fit the weight's rows");
-        let read = weight.stored_bytes() + bias.map_or(0, size_of_val);
-        self.bytes_read.fetch_add(read as u64, Ordering::Relaxed);
-        if batch == 1 {
-            self.rows_times_batch(x, weight, bias, out);
-            return;
-        }
-        let mut by_row = vec![0.0; out.len()];
-        self.rows_times_batch(x, weight, bias, &mut by_row);
-        for (row, products) in by_row.chunks_exact(batch).enumerate() {
-            for (position, product) in products.iter().enumerate() {
-                out[position * rows + row] = *product;
-            }
-        }
+        self.multiply(&mut [Product { x, weight, bias, out }]);
     }
 
-    /// Runs something that computes on the threads themselves: its products then need no hand-over from the caller's thread.
+    /// Computes several products at once: threads that are done with one go on with the next.
+    ///
+    /// # Panics
+    /// When the lengths of one do not fit its weight's shape.
+    pub fn multiply(&self, products: &mut [Product<'_>]) {
+        let mut rounded = self.rounded.lock().unwrap_or_else(PoisonError::into_inner);
+        if rounded.len() < products.len() {
+            rounded.resize_with(products.len(), Rounded::default);
+        }
+        for (product, rounded) in products.iter().zip(rounded.iter_mut()) {
+            product.check();
+            let read = product.weight.stored_bytes() + product.bias.map_or(0, size_of_val);
+            self.bytes_read.fetch_add(read as u64, Ordering::Relaxed);
+            if let Some(coded) = self.coded(product.weight) {
+                self.round(&coded, product, rounded);
+            }
+        }
+        let jobs: Vec<Job<'_>> =
+            products.iter_mut().zip(rounded.iter()).map(|(product, rounded)| self.job(product, rounded)).collect();
+        let count = jobs.iter().map(Job::tasks).sum();
+        self.pool.for_each(count, &|mut task, scratch| {
+            for job in &jobs {
+                if task < job.tasks() {
+                    return self.run_task(job, task, scratch);
+                }
+                task -= job.tasks();
+            }
+        });
+    }
+
+    /// Runs something that computes here.
     ///
     /// Blocking: until it returns.
     pub fn run<R: Send>(&self, compute: impl FnOnce() -> R + Send) -> R {
-        self.pool.install(compute)
+        compute()
     }
 
     /// Calls `task` for each chunk of `chunk_len` elements of `data`, on all threads.
     pub fn for_each_chunk(&self, data: &mut [f32], chunk_len: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
-        self.pool.install(|| data.par_chunks_mut(chunk_len).enumerate().for_each(|(index, chunk)| task(index, chunk)));
+        self.pool.for_each_chunk(data, chunk_len, task);
     }
 
-    /// Computes the dot product of two vectors of one length, in the order that every product here has.
+    /// Computes the dot product of two vectors of one length, in the order that every product of floats has.
     #[must_use]
     pub fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
         (self.dot)(a, b)
     }
 
-    /// Shapes: x: [batch, columns], out: [rows, batch].
-    fn rows_times_batch(&self, x: &[f32], weight: &Matrix, bias: Option<&[f32]>, out: &mut [f32]) {
-        let columns = weight.cols();
-        let batch = x.len() / columns;
-        self.for_each_chunk(out, TASK_ROWS * batch, |task, chunk| {
-            let mut decoded = vec![0.0; columns];
-            for (offset, products) in chunk.chunks_exact_mut(batch).enumerate() {
-                let row = task * TASK_ROWS + offset;
-                weight.decode_row(row, &mut decoded);
-                let start = bias.map_or(0.0, |bias| bias[row]);
-                for (product, input) in products.iter_mut().zip(x.chunks_exact(columns)) {
-                    *product = self.dot(&decoded, input) + start;
+    /// Gives a weight's codes, unless it is computed in f32.
+    fn coded<'a>(&self, weight: &'a Matrix) -> Option<Coded<'a>> {
+        if self.path == CpuPath::Scalar { None } else { Coded::of(weight) }
+    }
+
+    /// Rounds the activations of a product.
+    fn round(&self, coded: &Coded<'_>, product: &Product<'_>, rounded: &mut Rounded) {
+        let tokens = &mut rounded.tokens;
+        let columns = product.weight.cols();
+        let count = product.x.len() / columns;
+        tokens.resize_with(count, Token::default);
+        let round = |first: usize, tokens: &mut [Token]| {
+            for (token, x) in tokens.iter_mut().zip(product.x.chunks_exact(columns).skip(first)) {
+                token.round(coded.kind, x);
+            }
+        };
+        if count <= TASK_TOKENS {
+            round(0, tokens);
+        } else {
+            self.pool.for_each_chunk(tokens, TASK_TOKENS, |chunk, tokens| round(chunk * TASK_TOKENS, tokens));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.path == CpuPath::Amx && count >= AMX_TOKENS_MIN {
+            rounded.packed.fill(coded, &rounded.tokens);
+        }
+    }
+
+    fn job<'a>(&self, product: &'a mut Product<'_>, rounded: &'a Rounded) -> Job<'a> {
+        let rows = product.weight.rows();
+        let task_rows = rows.div_ceil(self.threads() * TASKS_PER_THREAD).next_multiple_of(TASK_ROWS);
+        let out = Output { cells: pool::cells(product.out), rows, bias: product.bias };
+        Job { x: product.x, weight: product.weight, coded: self.coded(product.weight), rounded, task_rows, out }
+    }
+
+    fn run_task(&self, job: &Job<'_>, task: usize, scratch: &mut Scratch) {
+        let first = task * job.task_rows;
+        let rows = first..job.out.rows.min(first + job.task_rows);
+        match &job.coded {
+            None => self.rows_in_floats(job, rows, &mut scratch[0]),
+            Some(coded) => self.rows_in_bytes(coded, job.rounded, rows, (scratch, &job.out)),
+        }
+    }
+
+    fn rows_in_bytes(
+        &self,
+        coded: &Coded<'_>,
+        rounded: &Rounded,
+        rows: Range<usize>,
+        (scratch, out): (&mut Scratch, &Output<'_>),
+    ) {
+        let tokens = &rounded.tokens[..];
+        #[cfg(target_arch = "x86_64")]
+        match (self.path, tokens) {
+            (CpuPath::Scalar | CpuPath::Portable, _) => lines::products(coded, tokens, rows, out),
+            (CpuPath::Avx2, [token]) => ymm::avx2::one(coded, token, rows, out),
+            (CpuPath::Avx2, _) => ymm::avx2::many(coded, tokens, rows, (&mut scratch[0], out)),
+            (CpuPath::AvxVnni, [token]) => ymm::avxvnni::one(coded, token, rows, out),
+            (CpuPath::AvxVnni, _) => ymm::avxvnni::many(coded, tokens, rows, (&mut scratch[0], out)),
+            (CpuPath::Avx512 | CpuPath::Amx, [token]) => zmm::one(coded, token, rows, out),
+            (CpuPath::Amx, tokens) if tokens.len() >= AMX_TOKENS_MIN => {
+                amx::many(coded, (&rounded.packed, tokens.len()), rows, (scratch, out));
+            }
+            (CpuPath::Avx512 | CpuPath::Amx, _) => zmm::many(coded, tokens, rows, (&mut scratch[0], out)),
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = scratch;
+            lines::products(coded, tokens, rows, out);
+        }
+    }
+
+    /// Gives the weights of a matrix that is multiplied in bf16.
+    fn row_major_bf16<'a>(&self, weight: &'a Matrix) -> Option<&'a [[u8; 2]]> {
+        match weight {
+            Matrix::Dense(dense) if dense.float_type() == FloatType::Bf16 && dense.col_stride() == 1 => {
+                (self.path != CpuPath::Scalar).then(|| dense.region().bytes().as_chunks().0)
+            }
+            Matrix::Dense(_) | Matrix::Nf4(_) | Matrix::Mxfp4(_) => None,
+        }
+    }
+
+    /// Multiplies rows of bf16, several at a time.
+    fn rows_in_bf16(&self, job: &Job<'_>, weights: &[[u8; 2]], rows: Range<usize>) {
+        let columns = job.weight.cols();
+        for first in rows.clone().step_by(BF16_ROWS) {
+            // Rows behind the last one repeat it.
+            let some: [usize; BF16_ROWS] = std::array::from_fn(|i| (first + i).min(rows.end - 1));
+            let weights = some.map(|row| &weights[row * columns..(row + 1) * columns]);
+            for (token, x) in job.x.chunks_exact(columns).enumerate() {
+                for (row, product) in some.into_iter().zip((self.dot_bf16)(weights, x)) {
+                    job.out.put(token, row, product);
                 }
             }
-        });
+        }
+    }
+
+    /// Multiplies rows that are decoded to f32 one by one.
+    fn rows_in_floats(&self, job: &Job<'_>, rows: Range<usize>, decoded: &mut Decoded) {
+        let columns = job.weight.cols();
+        if let Some(weights) = self.row_major_bf16(job.weight) {
+            return self.rows_in_bf16(job, weights, rows);
+        }
+        decoded.floats.resize(columns, 0.0);
+        for row in rows {
+            job.weight.decode_row(row, &mut decoded.floats[..columns]);
+            for (token, x) in job.x.chunks_exact(columns).enumerate() {
+                job.out.put(token, row, self.dot(&decoded.floats[..columns], x));
+            }
+        }
     }
 }
+
+/// The activations of a product, rounded to bytes.
+#[derive(Debug, Default)]
+struct Rounded {
+    tokens: Vec<Token>,
+    #[cfg(target_arch = "x86_64")]
+    packed: amx::Packed,
+}
+
+/// A product that is being computed.
+#[derive(Debug)]
+struct Job<'a> {
+    x: &'a [f32],
+    weight: &'a Matrix,
+    coded: Option<Coded<'a>>,
+    rounded: &'a Rounded,
+    task_rows: usize,
+    out: Output<'a>,
+}
+
+impl Job<'_> {
+    fn tasks(&self) -> usize {
+        self.out.rows.div_ceil(self.task_rows)
+    }
+}
+
+impl Product<'_> {
+    fn check(&self) {
+        let (rows, columns) = (self.weight.rows(), self.weight.cols());
+        let batch = self.x.len() / columns;
+        assert_eq!(self.x.len(), batch * columns, "the batch is no multiple of the weight's columns");
+        assert_eq!(self.out.len(), batch * rows, "the result does not fit batch and rows");
+        assert!(self.bias.is_none_or(|bias| bias.len() == rows), "the bias does not fit the weight's rows");
+    }
+}
+
+#[cfg(test)]
+mod tests;

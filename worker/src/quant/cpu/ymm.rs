@@ -1,0 +1,407 @@
+//! Integer products in vectors of 32 bytes: with AVX2, and with AVX-VNNI.
+//!
+//! One token: a segment's codes become two vectors of integers by a shuffle of the table, which are multiplied with the
+//! token's bytes; the partial sums of eight blocks are transposed and added, so that one vector of eight block sums meets one
+//! vector of eight scales.
+//!
+//! Many tokens: the codes of eight rows are decoded into a tile, four inputs of each row side by side, and meet each token's
+//! inputs four at a time. A tile serves all tokens, and lies in the nearest caches meanwhile.
+//!
+//! AVX2 multiplies unsigned with signed bytes and adds pairs in 16 bits, which saturate. So the weight gives its magnitude
+//! (127 * 127 * 2 fits) and its sign moves to the activation. AVX-VNNI adds four products in 32 bits: the weight is made
+//! unsigned by an offset, whose part is taken off by the token's corrections.
+//!
+//! `unsafe` stands here for loads and stores through pointers, and to call what was compiled for detected instructions.
+
+/// Makes the kernels for one set of instructions. A macro, for the features that a function is compiled for cannot be a
+/// parameter of it; `$add` is the one thing that differs, beside `$offset`, which is added to the table.
+macro_rules! kernels {
+    ($module:ident, $features:literal, $offset:literal, $add:ident) => {
+        pub(super) mod $module {
+            use std::arch::x86_64::*;
+            use std::ops::Range;
+
+            use super::super::lines::{Coded, LANES, Line, Output, Token};
+            use super::super::pool::Decoded;
+            use super::{$add as add_products, *};
+
+            /// Whether sums are of weights with an offset.
+            const HAS_OFFSET: bool = $offset != 0;
+
+            /// Computes rows for one token.
+            pub(in super::super) fn one(coded: &Coded<'_>, token: &Token, rows: Range<usize>, out: &Output<'_>) {
+                #[target_feature(enable = $features)]
+                fn inner<const BLOCKS: usize>(coded: &Coded<'_>, token: &Token, rows: Range<usize>, out: &Output<'_>) {
+                    for row in rows {
+                        out.put(0, row, row_of_one::<BLOCKS>(coded, token, row));
+                    }
+                }
+                // SAFETY: the path that leads here was checked against the processor.
+                match coded.kind.blocks() {
+                    1 => unsafe { inner::<1>(coded, token, rows, out) },
+                    // SAFETY: as above.
+                    _ => unsafe { inner::<2>(coded, token, rows, out) },
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            fn row_of_one<const BLOCKS: usize>(coded: &Coded<'_>, token: &Token, row: usize) -> f32 {
+                let table = table(coded.kind, $offset);
+                let (whole, rest) = coded.row(row);
+                let mut lanes = _mm256_setzero_ps();
+                let mut scales = [0.0f32; SCALES];
+                let per_group = LANES / BLOCKS;
+                let groups = coded.segments().div_ceil(per_group);
+                for group in 0..groups {
+                    let block = group * LANES;
+                    if block % SCALES == 0 {
+                        let count = (coded.blocks() - block).min(SCALES);
+                        coded.write_scales(row, block, &mut scales[..count]);
+                        scales[count..].fill(0.0);
+                    }
+                    let first = group * per_group;
+                    let mut sums = [_mm256_setzero_si256(); LANES];
+                    if first + per_group <= whole.len() {
+                        let codes = &whole[first..first + per_group];
+                        let lines = &token.lines[first..first + per_group];
+                        prefetch(codes);
+                        for i in 0..per_group {
+                            let (high, low) = decode(table, &codes[i]);
+                            sums[i] = add_products(sums[i], high, load_half(&lines[i], 0));
+                            sums[i] = add_products(sums[i], low, load_half(&lines[i], 1));
+                        }
+                    } else {
+                        for i in 0..per_group.min(coded.segments() - first) {
+                            let (high, low) = decode(table, &segment(whole, rest, first + i));
+                            let line = &token.lines[first + i];
+                            sums[i] = add_products(sums[i], high, load_half(line, 0));
+                            sums[i] = add_products(sums[i], low, load_half(line, 1));
+                        }
+                    }
+                    let mut blocks = if BLOCKS == 1 { add_across(sums) } else { add_across_halves(sums) };
+                    if HAS_OFFSET {
+                        blocks = _mm256_add_epi32(blocks, load_i32(&token.corrections[block..]));
+                    }
+                    let scale = _mm256_mul_ps(load_f32(&scales[block % SCALES..]), load_f32(&token.scales[block..]));
+                    lanes = _mm256_fmadd_ps(_mm256_cvtepi32_ps(blocks), scale, lanes);
+                }
+                add_up(lanes)
+            }
+
+            /// Computes rows for many tokens.
+            pub(in super::super) fn many(
+                coded: &Coded<'_>,
+                tokens: &[Token],
+                rows: Range<usize>,
+                (scratch, out): (&mut Decoded, &Output<'_>),
+            ) {
+                #[target_feature(enable = $features)]
+                fn inner(
+                    coded: &Coded<'_>,
+                    tokens: &[Token],
+                    rows: Range<usize>,
+                    (scratch, out): (&mut Decoded, &Output<'_>),
+                ) {
+                    for first in rows.clone().step_by(TILE) {
+                        let tile = first..rows.end.min(first + TILE);
+                        decode_tile(coded, tile.clone(), scratch);
+                        for (index, four) in tokens.chunks(4).enumerate() {
+                            let products = |token: usize, products: [f32; TILE]| {
+                                for (row, product) in tile.clone().zip(products) {
+                                    out.put(4 * index + token, row, product);
+                                }
+                            };
+                            match (coded.kind.blocks(), four) {
+                                (1, [a, b, c, d]) => tile_times::<1, 4>([a, b, c, d], coded, scratch, products),
+                                (1, [a, b, c]) => tile_times::<1, 3>([a, b, c], coded, scratch, products),
+                                (1, [a, b]) => tile_times::<1, 2>([a, b], coded, scratch, products),
+                                (1, [a]) => tile_times::<1, 1>([a], coded, scratch, products),
+                                (_, [a, b, c, d]) => tile_times::<2, 4>([a, b, c, d], coded, scratch, products),
+                                (_, [a, b, c]) => tile_times::<2, 3>([a, b, c], coded, scratch, products),
+                                (_, [a, b]) => tile_times::<2, 2>([a, b], coded, scratch, products),
+                                (_, [a]) => tile_times::<2, 1>([a], coded, scratch, products),
+                                (_, _) => unreachable!("chunks of four have one to four"),
+                            }
+                        }
+                    }
+                }
+                // SAFETY: the path that leads here was checked against the processor.
+                unsafe { inner(coded, tokens, rows, (scratch, out)) }
+            }
+
+            /// Decodes up to eight rows into `scratch`: of each segment 16 quads, a quad being four bytes of each row, and of
+            /// each block the scales of the rows. Rows that are missing repeat the last one.
+            #[target_feature(enable = $features)]
+            fn decode_tile(coded: &Coded<'_>, rows: Range<usize>, scratch: &mut Decoded) {
+                let table = table(coded.kind, $offset);
+                let (segments, blocks) = (coded.segments(), coded.blocks());
+                scratch.lines.resize(segments * TILE, Line::ZERO);
+                // Behind the tile's scales those of one row, before they are dealt out.
+                scratch.floats.resize(blocks * (TILE + 1), 0.0);
+                let (by_block, of_row) = scratch.floats.split_at_mut(blocks * TILE);
+                let sources: [_; TILE] = std::array::from_fn(|i| coded.row((rows.start + i).min(rows.end - 1)));
+                for i in 0..TILE {
+                    coded.write_scales((rows.start + i).min(rows.end - 1), 0, of_row);
+                    for (block, scale) in of_row.iter().enumerate() {
+                        by_block[block * TILE + i] = *scale;
+                    }
+                }
+                for (index, lines) in scratch.lines.chunks_exact_mut(TILE).enumerate() {
+                    let mut high = [_mm256_setzero_si256(); TILE];
+                    let mut low = high;
+                    for (i, (whole, rest)) in sources.iter().enumerate() {
+                        (high[i], low[i]) = decode(table, &segment(whole, rest, index));
+                    }
+                    let (first, second) = lines.split_at_mut(TILE / 2);
+                    store_quads(first, transpose(high));
+                    store_quads(second, transpose(low));
+                }
+            }
+
+            /// Multiplies the tile in `scratch` with some tokens.
+            #[target_feature(enable = $features)]
+            fn tile_times<const BLOCKS: usize, const TOKENS: usize>(
+                tokens: [&Token; TOKENS],
+                coded: &Coded<'_>,
+                scratch: &Decoded,
+                mut products: impl FnMut(usize, [f32; TILE]),
+            ) {
+                let mut lanes = [[_mm256_setzero_ps(); TOKENS]; LANES];
+                let scales = scratch.floats.as_chunks::<TILE>().0;
+                for block in 0..coded.blocks() {
+                    let (segment, half) = (block / BLOCKS, block % BLOCKS);
+                    let lines: &[Line; TILE] = scratch.lines.as_chunks().0[segment..].first().expect("decoded before");
+                    let bytes = tokens.map(|token| &token.lines[segment]);
+                    let mut sums = [_mm256_setzero_si256(); TOKENS];
+                    if HAS_OFFSET {
+                        sums = tokens.map(|token| _mm256_set1_epi32(token.corrections[block]));
+                    }
+                    let quads = QUADS / BLOCKS;
+                    for quad in 0..2 * quads {
+                        // Quads of high nibbles, then those of low ones.
+                        let quad = quad / quads * QUADS + half * quads + quad % quads;
+                        let weights = load_half(&lines[quad / 2], quad % 2);
+                        for token in 0..TOKENS {
+                            sums[token] = add_products(sums[token], weights, broadcast(bytes[token], quad));
+                        }
+                    }
+                    let weights = load_f32(&scales[block]);
+                    for token in 0..TOKENS {
+                        let scale = _mm256_mul_ps(weights, _mm256_set1_ps(tokens[token].scales[block]));
+                        let lane = &mut lanes[block % LANES][token];
+                        *lane = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[token]), scale, *lane);
+                    }
+                }
+                for token in 0..TOKENS {
+                    let [a, b, c, d, e, f, g, h] = lanes.map(|lane| lane[token]);
+                    let left = _mm256_add_ps(_mm256_add_ps(a, e), _mm256_add_ps(c, g));
+                    let right = _mm256_add_ps(_mm256_add_ps(b, f), _mm256_add_ps(d, h));
+                    products(token, store_f32(_mm256_add_ps(left, right)));
+                }
+            }
+        }
+    };
+}
+
+use std::arch::x86_64::*;
+
+use super::lines::{Kind, LANES, Line, SEGMENT, SEGMENT_BYTES};
+
+/// Rows of a tile.
+const TILE: usize = 8;
+
+/// Quads of the high nibbles of a segment, and of the low ones.
+const QUADS: usize = SEGMENT / 8;
+
+/// Scales of a row that are worked out at a time.
+const SCALES: usize = 16 * LANES;
+
+/// How far ahead of the codes that are multiplied memory is asked for more. Units: bytes.
+const PREFETCH: usize = 4096;
+
+kernels!(avx2, "avx2,fma", 0, add_by_sign);
+kernels!(avxvnni, "avx2,fma,avxvnni", 128, add_by_vnni);
+
+/// Gives the integers of a kind, each with `offset` added, twice over.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn table(kind: Kind, offset: u8) -> __m256i {
+    let integers = kind.integers().map(|integer| integer.cast_unsigned().wrapping_add(offset));
+    // SAFETY: 16 bytes are read from an array of as many.
+    let table = unsafe { _mm_loadu_si128(integers.as_ptr().cast()) };
+    _mm256_broadcastsi128_si256(table)
+}
+
+/// Turns the codes of a segment into integers: those of high nibbles, and those of low ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn decode(table: __m256i, codes: &[u8; SEGMENT_BYTES]) -> (__m256i, __m256i) {
+    // SAFETY: 32 bytes are read from an array of as many.
+    let codes = unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) };
+    let nibble = _mm256_set1_epi8(15);
+    let high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
+    let low = _mm256_and_si256(codes, nibble);
+    (_mm256_shuffle_epi8(table, high), _mm256_shuffle_epi8(table, low))
+}
+
+/// Adds products of signed weights to sums.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_by_sign(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(bytes, weights));
+    _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+}
+
+/// Adds products of unsigned weights to sums.
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+fn add_by_vnni(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
+    _mm256_dpbusd_avx_epi32(sums, weights, bytes)
+}
+
+/// Gives a segment's codes; where the row ends in its middle, zeros follow, which meet activations of zero.
+#[inline(always)]
+pub(super) fn segment(whole: &[[u8; SEGMENT_BYTES]], rest: &[u8], index: usize) -> [u8; SEGMENT_BYTES] {
+    whole.get(index).copied().unwrap_or_else(|| {
+        let mut codes = [0; SEGMENT_BYTES];
+        codes[..rest.len()].copy_from_slice(rest);
+        codes
+    })
+}
+
+/// Asks for the memory that is multiplied soon: as much of it as `codes` has.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn prefetch(codes: &[[u8; SEGMENT_BYTES]]) {
+    let start = codes.as_ptr().cast::<i8>();
+    for line in 0..codes.len().div_ceil(2) {
+        let ahead = start.wrapping_add(PREFETCH + line * size_of::<Line>());
+        // SAFETY: prefetching an address does nothing that can be seen, also where nothing is mapped.
+        #[allow(unused_unsafe, reason = "newer compilers know that this is safe")]
+        unsafe {
+            _mm_prefetch(ahead, _MM_HINT_T0)
+        };
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load_half(line: &Line, half: usize) -> __m256i {
+    let bytes: &[[i8; SEGMENT_BYTES]] = line.0.as_chunks().0;
+    // SAFETY: 32 bytes are read from an array of as many.
+    unsafe { _mm256_loadu_si256(bytes[half].as_ptr().cast()) }
+}
+
+/// Repeats the four activations that meet a quad.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn broadcast(line: &Line, quad: usize) -> __m256i {
+    let bytes = line.0.as_chunks::<4>().0[quad].map(i8::cast_unsigned);
+    _mm256_set1_epi32(i32::from_le_bytes(bytes))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load_f32(numbers: &[f32]) -> __m256 {
+    let first = numbers.first_chunk::<LANES>().expect("scales come in whole vectors");
+    // SAFETY: eight numbers are read from an array of as many.
+    unsafe { _mm256_loadu_ps(first.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load_i32(numbers: &[i32]) -> __m256i {
+    let first = numbers.first_chunk::<LANES>().expect("corrections come in whole vectors");
+    // SAFETY: eight numbers are read from an array of as many.
+    unsafe { _mm256_loadu_si256(first.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_f32(vector: __m256) -> [f32; TILE] {
+    let mut numbers = [0.0; TILE];
+    // SAFETY: eight numbers are written to an array of as many.
+    unsafe { _mm256_storeu_ps(numbers.as_mut_ptr(), vector) };
+    numbers
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn store_half(line: &mut Line, half: usize, bytes: __m256i) {
+    let halves: &mut [[i8; SEGMENT_BYTES]] = line.0.as_chunks_mut().0;
+    // SAFETY: 32 bytes are written to an array of as many.
+    unsafe { _mm256_storeu_si256(halves[half].as_mut_ptr().cast(), bytes) };
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_quads(lines: &mut [Line], quads: [__m256i; QUADS]) {
+    for (quad, bytes) in quads.into_iter().enumerate() {
+        store_half(&mut lines[quad / 2], quad % 2, bytes);
+    }
+}
+
+/// Adds pairs of elements: of `a` and `b` in turns, in each half of a vector.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_pairs(a: __m256i, b: __m256i) -> __m256i {
+    _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b))
+}
+
+/// Adds pairs of what `add_pairs` gave: in each half of the result the sums of that half of four vectors.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_quads(a: __m256i, b: __m256i) -> __m256i {
+    _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))
+}
+
+/// Gives the sum of each of eight vectors.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_across([a, b, c, d, e, f, g, h]: [__m256i; LANES]) -> __m256i {
+    let first = add_quads(add_pairs(a, b), add_pairs(c, d));
+    let second = add_quads(add_pairs(e, f), add_pairs(g, h));
+    let low = _mm256_permute2x128_si256(first, second, 0x20);
+    _mm256_add_epi32(low, _mm256_permute2x128_si256(first, second, 0x31))
+}
+
+/// Gives the sum of each half of the first four vectors, in order.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_across_halves([a, b, c, d, ..]: [__m256i; LANES]) -> __m256i {
+    let sums = add_quads(add_pairs(a, b), add_pairs(c, d));
+    _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+}
+
+/// Adds the lanes of a row, in the order of `lines::add_up`.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn add_up(lanes: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// Turns eight rows of eight elements of 32 bits around.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn transpose([a, b, c, d, e, f, g, h]: [__m256i; TILE]) -> [__m256i; TILE] {
+    let four = |a, b, c, d| {
+        let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+        let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+        [
+            _mm256_unpacklo_epi64(ab, cd),
+            _mm256_unpackhi_epi64(ab, cd),
+            _mm256_unpacklo_epi64(ab_high, cd_high),
+            _mm256_unpackhi_epi64(ab_high, cd_high),
+        ]
+    };
+    let (upper, lower) = (four(a, b, c, d), four(e, f, g, h));
+    std::array::from_fn(|i| {
+        if i < 4 {
+            _mm256_permute2x128_si256(upper[i], lower[i], 0x20)
+        } else {
+            _mm256_permute2x128_si256(upper[i - 4], lower[i - 4], 0x31)
+        }
+    })
+}
