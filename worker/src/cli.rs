@@ -29,6 +29,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Measure how fast a model computes here, and how much of the memory's bandwidth that uses.
     Bench(bench::BenchArgs),
+    /// Measure how fast single products are here, beside what the memory's bandwidth allows.
+    Products(bench::products::ProductsArgs),
     /// List the CUDA devices that this worker can use.
     #[cfg(feature = "cuda")]
     Devices(crate::cuda::devices::DevicesArgs),
@@ -53,6 +55,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "cuda")]
         Command::Devices(args) => end_by_hand(crate::cuda::devices::run(&args, &mut std::io::stdout())),
         Command::Plan(args) => end_by_hand(plan::run(&args, &mut std::io::stdout())),
+        Command::Products(args) => end_by_hand(bench::products::run(&args, &mut std::io::stdout())),
         Command::Bench(args) => end_by_hand(bench::run(&args, &mut std::io::stdout())),
     }
 }
