@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The only files that may contain `unsafe`, each with its reason.
-const UNSAFE_FILES: [(&str, &str); 9] = [
+const UNSAFE_FILES: [(&str, &str); 10] = [
     ("worker/src/checkpoint/map.rs", "maps files"),
     ("worker/src/cuda/driver.rs", "calls the CUDA driver"),
     ("worker/src/cuda/transfer.rs", "calls the CUDA driver's copies"),
     ("worker/src/quant/cpu/amx.rs", "tile instructions, and asking the system for them"),
     ("worker/src/quant/cpu/dot.rs", "vector instructions"),
+    ("worker/src/quant/cpu/floats.rs", "vector instructions"),
     ("worker/src/quant/cpu/pool.rs", "threads share a closure and a slice for as long as a loop lasts"),
     ("worker/src/quant/cpu/ymm.rs", "vector instructions"),
     ("worker/src/quant/cpu/zmm.rs", "vector instructions"),

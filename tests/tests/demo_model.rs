@@ -27,7 +27,12 @@ fn both_decoders_continue_as_the_training_program_does() -> Result<()> {
     for case in cases {
         let expected = ids(&case["greedy_ids"])?;
         for decoder_path in [DecoderPath::Reference, DecoderPath::Fast] {
-            let ask = Ask { decoder_path, greedy: expected.len(), ..Ask::reference(WeightChoice::File) };
+            let ask = Ask {
+                decoder_path,
+                cpu: CpuChoice::Scalar,
+                greedy: expected.len(),
+                ..Ask::reference(WeightChoice::File)
+            };
             let found = evaluate(&folder().join("checkpoint"), &ids(&case["prompt_ids"])?, ask)?;
             assert_eq!(found.greedy, expected, "{decoder_path:?}: {}", case["text"]);
         }

@@ -95,7 +95,9 @@ impl Decoder {
         let hidden = config.hidden_size as u64;
         let projected = ((config.heads + 2 * config.kv_heads) * config.head_dim) as u64;
         let experts = config.experts_per_token as u64 * (4 * hidden + 3 * config.intermediate_size as u64);
-        let per_row = 6 * hidden + 3 * projected + experts + config.vocab_size as u64;
+        // Bytes for the largest mixture product, twice where tiles want them packed, with scales.
+        let rounded = config.experts_per_token as u64 * hidden.max(config.intermediate_size as u64) * 9 / 16;
+        let per_row = rounded + 6 * hidden + 3 * projected + experts + config.vocab_size as u64;
         per_row * rows * size_of::<f32>() as u64
     }
 

@@ -55,7 +55,7 @@ impl Instructions {
             Instructions::Baseline => |rows, x| bf16_in_lanes(rows, x, |x, y, sum| x * y + sum),
             Instructions::Fused => |rows, x| bf16_in_lanes(rows, x, f32::mul_add),
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx2 => super::ymm::bf16,
+            Instructions::Avx2 => super::floats::bf16,
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512 => super::zmm::bf16,
         }

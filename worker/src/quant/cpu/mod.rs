@@ -12,6 +12,9 @@
 mod amx;
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod dot;
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
+mod floats;
 mod lines;
 mod path;
 #[expect(unsafe_code, reason = "threads share a closure and a slice for as long as a loop lasts")]
@@ -228,7 +231,7 @@ impl Cpu {
     fn round_block(&self) -> RoundBlock {
         match self.path {
             #[cfg(target_arch = "x86_64")]
-            CpuPath::Avx2 | CpuPath::AvxVnni | CpuPath::Avx512 | CpuPath::Amx => ymm::round_block,
+            CpuPath::Avx2 | CpuPath::AvxVnni | CpuPath::Avx512 | CpuPath::Amx => floats::round_block,
             #[cfg(not(target_arch = "x86_64"))]
             CpuPath::Avx2 | CpuPath::AvxVnni | CpuPath::Avx512 | CpuPath::Amx => lines::round_block,
             CpuPath::Scalar | CpuPath::Portable => lines::round_block,
