@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The only files that may contain `unsafe`, each with its reason.
-const UNSAFE_FILES: [(&str, &str); 12] = [
+const UNSAFE_FILES: [(&str, &str); 13] = [
     ("tests/src/bin/sandbox-probe.rs", "makes the system calls of an attacker"),
     ("worker/src/checkpoint/map.rs", "maps files"),
     ("worker/src/cuda/driver.rs", "calls the CUDA driver"),
@@ -14,6 +14,7 @@ const UNSAFE_FILES: [(&str, &str); 12] = [
     ("worker/src/model/attention/lanes.rs", "vector instructions"),
     ("worker/src/quant/cpu/amx.rs", "tile instructions, and asking the system for them"),
     ("worker/src/quant/cpu/dot.rs", "vector instructions"),
+    ("worker/src/quant/cpu/floats.rs", "vector instructions"),
     ("worker/src/quant/cpu/pool.rs", "threads share a closure and a slice for as long as a loop lasts"),
     ("worker/src/quant/cpu/ymm.rs", "vector instructions"),
     ("worker/src/quant/cpu/zmm.rs", "vector instructions"),

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use bulkhead_shared::message::CpuChoice;
 use bulkhead_tests::oracle::{self, Ask, evaluate};
 use bulkhead_worker::eval::{DecoderPath, WeightChoice};
 use serde_json::Value;
@@ -26,11 +27,45 @@ fn both_decoders_continue_as_the_training_program_does() -> Result<()> {
     for case in cases {
         let expected = ids(&case["greedy_ids"])?;
         for decoder_path in [DecoderPath::Reference, DecoderPath::Fast] {
-            let ask = Ask { decoder_path, greedy: expected.len(), ..Ask::reference(WeightChoice::File) };
+            let ask = Ask {
+                decoder_path,
+                cpu: CpuChoice::Scalar,
+                greedy: expected.len(),
+                ..Ask::reference(WeightChoice::File)
+            };
             let found = evaluate(&folder().join("checkpoint"), &ids(&case["prompt_ids"])?, ask)?;
             assert_eq!(found.greedy, expected, "{decoder_path:?}: {}", case["text"]);
         }
     }
+    Ok(())
+}
+
+/// Gives the mean surprise at each token behind the first, over all cases. Units: nats.
+fn surprise(cpu: CpuChoice) -> Result<f64> {
+    let reference = oracle::json(&folder().join("reference.json"))?;
+    let (mut sum, mut count) = (0.0, 0.0);
+    for case in reference["cases"].as_array().context("a list of cases")? {
+        let tokens = [ids(&case["prompt_ids"])?, ids(&case["greedy_ids"])?].concat();
+        let ask = Ask { decoder_path: DecoderPath::Fast, cpu, ..Ask::reference(WeightChoice::File) };
+        let found = evaluate(&folder().join("checkpoint"), &tokens, ask)?;
+        for (logits, next) in found.logits.iter().zip(&tokens[1..]) {
+            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let powers: f64 = logits.iter().map(|logit| f64::from(logit - largest).exp()).sum();
+            sum += powers.ln() - f64::from(logits[usize::try_from(*next)?] - largest);
+            count += 1.0;
+        }
+    }
+    Ok(sum / count)
+}
+
+#[test]
+fn rounding_activations_to_bytes_leaves_the_perplexity_where_it_is() -> Result<()> {
+    let (exact, fast) = (surprise(CpuChoice::Scalar)?.exp(), surprise(CpuChoice::Auto)?.exp());
+    println!(
+        "perplexity {exact:.4} by exact products, {fast:.4} by the best path, {:+.3} %",
+        100.0 * (fast / exact - 1.0)
+    );
+    assert!((fast / exact - 1.0).abs() < 0.005, "{exact} became {fast}");
     Ok(())
 }
 

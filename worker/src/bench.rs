@@ -9,6 +9,7 @@
 
 mod bandwidth;
 mod measure;
+pub mod products;
 mod report;
 
 use std::io;

@@ -37,6 +37,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Measure how fast a model computes here, and how much of the memory's bandwidth that uses.
     Bench(bench::BenchArgs),
+    /// Measure how fast single products are here, beside what the memory's bandwidth allows.
+    Products(bench::products::ProductsArgs),
     /// List the CUDA devices that this worker can use.
     #[cfg(feature = "cuda")]
     Devices(crate::cuda::devices::DevicesArgs),
@@ -81,6 +83,7 @@ pub fn main() -> ExitCode {
         Command::Plan(args) => behind_walls(plan::walls(&args, sandbox), (CpuChoice::Auto, 1), |proof, _| {
             plan::run(proof, &args, &mut std::io::stdout())
         }),
+        Command::Products(args) => end_by_hand(bench::products::run(&args, &mut std::io::stdout())),
         Command::Bench(args) => {
             behind_walls(bench::walls(&args, sandbox), (args.cpu, args.threads), |proof, prepared| {
                 bench::run(proof, prepared, &args, &mut std::io::stdout())

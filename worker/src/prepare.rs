@@ -9,7 +9,7 @@ use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 
 use crate::device::cpu_path;
 use crate::loader::LoadError;
-use crate::quant::cpu::Cpu;
+use crate::quant::cpu::{Cpu, cores};
 use crate::sandbox::{self, Sealed, Walls};
 
 /// What computing takes, but the model.
@@ -26,7 +26,7 @@ pub struct Prepared {
 
 impl Prepared {
     /// Opens the device and starts `threads` threads that compute by the processor's instructions of choice; 0: one for each
-    /// core that this process may use.
+    /// physical core that this process may use.
     ///
     /// # Errors
     /// `NoSuchDevice` and `Device` for the device, `Cpu` where the system refuses a thread or the processor has no such
@@ -56,7 +56,7 @@ pub fn behind_walls(walls: Walls, cpu: CpuChoice, threads: usize) -> Result<(Sea
     let device = walls.device;
     let begun = sandbox::begin(walls);
     // Files that say how many cores a container has are closed by the walls.
-    let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
+    let threads = if threads == 0 { cores() } else { threads };
     #[cfg(feature = "cuda")]
     if device != DeviceChoice::Cpu {
         crate::cuda::driver::open_libraries()?;

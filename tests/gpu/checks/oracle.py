@@ -91,7 +91,7 @@ def evaluate(context, model, tokens, greedy, quant="file", on_processor=False):
     given, out = context.scratch / "in.json", context.scratch / "out.safetensors"
     given.write_text(json.dumps({"input_ids": tokens}))
     if on_processor:
-        program, flags = context.program("bulkhead-worker"), []
+        program, flags = context.program("bulkhead-worker"), ["--cpu", "scalar"]
     else:
         program, flags = context.worker(), context.device_flags()
     run([program, "eval", "--model", model, "--input", given, "--output", out, "--quant", quant, "--path", "fast",

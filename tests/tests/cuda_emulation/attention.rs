@@ -4,7 +4,7 @@ use bulkhead_worker::engine::kv_cache::KvCache;
 use bulkhead_worker::engine::pager::{BLOCK_TOKENS, Blocks, KvShape, Span};
 use bulkhead_worker::model::attention::{Attention, Heads, LayerAttention, Vectors};
 use bulkhead_worker::model::batch::{Batch, Role, Row};
-use bulkhead_worker::quant::cpu::Cpu;
+use bulkhead_worker::quant::cpu::{Cpu, CpuPath};
 
 use crate::emulator::{Arg, Buffer, Factors, Fault, Order, Program, Results, Session};
 use crate::support::{Random, check_file, compare, same_bits};
@@ -253,8 +253,8 @@ impl Inputs {
             Batch { rows: self.asked.iter().map(row).collect(), blocks: blocks.iter().collect(), outputs: Vec::new() };
         let queries: Vec<f32> = self.asked.iter().flat_map(|row| self.rotated(case, *row)[0].clone()).collect();
         let mut out = vec![0.0; queries.len()];
-        let cpu = Cpu::start(1).expect("a thread starts");
-        let (attention, heads) = (Attention::new(Vectors::detect()), case.heads);
+        let cpu = Cpu::start_on(CpuPath::Scalar, 1).expect("a thread starts");
+        let (attention, heads) = (Attention::new(Vectors::of(cpu.path())), case.heads);
         LayerAttention { cpu: &cpu, attention: &attention, heads, sinks: &self.sinks, cache: &cache, layer: 0 }
             .attend(&batch, &queries, &mut out);
         out

@@ -1,6 +1,6 @@
 //! matmul.cu: dense layers for a prompt's tokens.
 
-use bulkhead_worker::quant::cpu::Cpu;
+use bulkhead_worker::quant::cpu::{Cpu, CpuPath};
 
 use crate::emulator::{Arg, Factors, Fault, Order, Program, Session};
 use crate::support::{Format, Layer, Random, check_file, compare, descriptors, same_bits, scale_values};
@@ -136,7 +136,7 @@ fn check_case(program: &Program, order: Order, case: &Case, random: &mut Random)
     ];
     let width = first + second;
     let x = random.narrow(TOKENS * case.columns, 3.0);
-    let cpu = Cpu::start(1).expect("a thread starts");
+    let cpu = Cpu::start_on(CpuPath::Scalar, 1).expect("a thread starts");
     let mut expected = vec![0.0; TOKENS * width];
     for layer in &layers {
         let mut own = vec![0.0; TOKENS * layer.weight.rows()];

@@ -1,6 +1,6 @@
 //! matvec.cu: dense layers, some tokens at a time.
 
-use bulkhead_worker::quant::cpu::Cpu;
+use bulkhead_worker::quant::cpu::{Cpu, CpuPath};
 
 use crate::emulator::{Arg, Factors, Fault, Order, Program, Session};
 use crate::support::{Format, Layer, Random, check_file, compare, descriptors, same_bits, scale_values};
@@ -177,7 +177,7 @@ fn check_case(program: &Program, order: Order, case: &Case, random: &mut Random)
     ];
     let width = first + second;
     let x = random.narrow(16 * case.columns, 3.0);
-    let cpu = Cpu::start(1).expect("a thread starts");
+    let cpu = Cpu::start_on(CpuPath::Scalar, 1).expect("a thread starts");
     let mut expected = vec![0.0; 16 * width];
     for layer in &layers {
         let mut own = vec![0.0; 16 * layer.weight.rows()];

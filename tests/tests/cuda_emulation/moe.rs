@@ -2,7 +2,7 @@
 
 use bulkhead_worker::model::moe::{Activation, Mixture};
 use bulkhead_worker::model::weights::{ExpertWeights, Linear};
-use bulkhead_worker::quant::cpu::Cpu;
+use bulkhead_worker::quant::cpu::{Cpu, CpuPath};
 use bulkhead_worker::quant::{Dense, Matrix};
 
 use crate::emulator::{Arg, Buffer, Factors, Fault, Order, Program, Session, Size};
@@ -223,7 +223,7 @@ fn run(program: &Program, model: &Model, x: &[f32], way: Way) -> Result<Vec<f32>
 
 fn check(program: &Program, order: Order) -> Result<(), String> {
     let mut random = Random::new(2);
-    let cpu = Cpu::start(1).expect("a thread starts");
+    let cpu = Cpu::start_on(CpuPath::Scalar, 1).expect("a thread starts");
     for format in Format::ALL {
         let model = model(format, &mut random);
         let x = random.narrow(14 * HIDDEN, 2.0);

@@ -1,7 +1,7 @@
 //! moe_many.cu: router, choice and grouping of a prompt's tokens, and the chosen experts' two products.
 
 use bulkhead_worker::model::moe::Mixture;
-use bulkhead_worker::quant::cpu::Cpu;
+use bulkhead_worker::quant::cpu::{Cpu, CpuPath};
 
 use crate::emulator::{Arg, Factors, Fault, Order, Program, Session};
 use crate::matmul::{shared_bytes, tolerance};
@@ -156,7 +156,7 @@ fn check(program: &Program, order: Order) -> Result<(), String> {
     // Experts 4 and 9 serve every token: their groups have more than one piece, even of the larger tiles.
     const TOKENS: usize = 140;
     let mut random = Random::new(7);
-    let cpu = Cpu::start(1).expect("a thread starts");
+    let cpu = Cpu::start_on(CpuPath::Scalar, 1).expect("a thread starts");
     for format in Format::ALL {
         let model = model(format, &mut random);
         let x = random.narrow(TOKENS * HIDDEN, 2.0);

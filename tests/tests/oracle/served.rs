@@ -38,6 +38,31 @@ fn the_served_decoder_computes_what_the_plain_one_does() -> Result<()> {
     Ok(())
 }
 
+/// A product of bytes is off by half a step of 1/127 of each block's largest factors at most, and by less than a hundredth of
+/// itself as a rule, for errors have either sign; a few layers add theirs up. Where two experts are nearly equal to the router
+/// a row may go to the other one, so this is for the row in the middle.
+const BYTES_ERROR_MAX: f64 = 0.08;
+
+#[test]
+fn the_best_path_stays_close_to_exact_products() -> Result<()> {
+    for model in MODELS {
+        let folder = oracle::model(model);
+        let mut errors = Vec::new();
+        for case in cases(model)?.0 {
+            let ask = Ask { decoder_path: DecoderPath::Fast, ..Ask::reference(WeightChoice::Nf4) };
+            let exact = evaluate(&folder, &case.tokens, Ask { cpu: CpuChoice::Scalar, ..ask })?;
+            let fast = evaluate(&folder, &case.tokens, Ask { cpu: CpuChoice::Auto, ..ask })?;
+            let rows = fast.logits.chunks(1).zip(exact.logits.chunks(1));
+            errors.extend(rows.map(|(fast, exact)| relative_error(fast, exact)));
+        }
+        errors.sort_by(f64::total_cmp);
+        let (middle, most) = (errors[errors.len() / 2], errors[errors.len() - 1]);
+        println!("{model}: {middle:.1e} from exact products in the middle, {most:.1e} at most");
+        assert!(middle <= BYTES_ERROR_MAX, "{model}: {middle}");
+    }
+    Ok(())
+}
+
 #[test]
 fn the_served_decoder_stays_close_to_the_oracle() -> Result<()> {
     for model in MODELS {

@@ -17,9 +17,10 @@ use crate::quant::cpu::Cpu;
 /// Passes that are measured, after one that is not.
 const PASSES: usize = 9;
 
-/// The buffer, in units of the last cache's size, and its least.
+/// The buffer, in units of the last cache's size, its least and its most.
 const CACHES: u64 = 4;
 const BUFFER_BYTES_MIN: u64 = 256 << 20;
+const BUFFER_BYTES_MAX: u64 = 2 << 30;
 
 /// The last cache's size where the system does not say.
 const CACHE_DEFAULT: Bytes = Bytes(64 << 20);
@@ -36,27 +37,42 @@ pub(super) struct Bandwidth {
     pub(super) bytes_per_second: Spread,
 }
 
-/// Measures how fast all threads together read.
-pub(super) fn measure(cpu: &Cpu) -> Result<Bandwidth, BenchError> {
-    let cache = last_level_cache().unwrap_or(CACHE_DEFAULT);
-    let bytes = (CACHES * cache.0).max(BUFFER_BYTES_MIN);
-    if let Some(available) = available_memory().filter(|available| available.0 < 2 * bytes) {
-        return Err(BenchError::NoRoomForBuffer { needed: Bytes(bytes), available });
+/// Memory to be read, larger than any cache.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    numbers: Vec<f32>,
+}
+
+impl Buffer {
+    /// Takes the memory.
+    pub(super) fn new(cpu: &Cpu) -> Result<Buffer, BenchError> {
+        let cache = last_level_cache().unwrap_or(CACHE_DEFAULT);
+        let bytes = (CACHES * cache.0).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
+        if let Some(available) = available_memory().filter(|available| available.0 < 2 * bytes) {
+            return Err(BenchError::NoRoomForBuffer { needed: Bytes(bytes), available });
+        }
+        let mut numbers = vec![0.0f32; bytes as usize / size_of::<f32>()];
+        // Written on the threads that read it, so that it lies near them.
+        cpu.for_each_chunk(&mut numbers, CHUNK, |index, chunk| chunk.fill(index as f32));
+        Ok(Buffer { numbers })
     }
-    let mut buffer = vec![0.0f32; bytes as usize / size_of::<f32>()];
-    // Written on the threads that read it, so that it lies near them.
-    cpu.for_each_chunk(&mut buffer, CHUNK, |index, chunk| chunk.fill(index as f32));
-    let mut rates = Vec::new();
-    for pass in 0..=PASSES {
+
+    /// Reads all of it on all threads. Units: bytes per second.
+    pub(super) fn read(&mut self, cpu: &Cpu) -> f64 {
         let started = Instant::now();
-        cpu.for_each_chunk(&mut buffer, CHUNK, |_, chunk| {
+        cpu.for_each_chunk(&mut self.numbers, CHUNK, |_, chunk| {
             black_box(chunk.iter().fold(0u32, |sum, value| sum.wrapping_add(value.to_bits())));
         });
-        if pass > 0 {
-            rates.push(bytes as f64 / started.elapsed().as_secs_f64());
-        }
+        size_of_val(&self.numbers[..]) as f64 / started.elapsed().as_secs_f64()
     }
-    Ok(Bandwidth { buffer_bytes: bytes, bytes_per_second: Spread::of(&rates) })
+}
+
+/// Measures how fast all threads together read.
+pub(super) fn measure(cpu: &Cpu) -> Result<Bandwidth, BenchError> {
+    let mut buffer = Buffer::new(cpu)?;
+    buffer.read(cpu);
+    let rates: Vec<f64> = (0..PASSES).map(|_| buffer.read(cpu)).collect();
+    Ok(Bandwidth { buffer_bytes: size_of_val(&buffer.numbers[..]) as u64, bytes_per_second: Spread::of(&rates) })
 }
 
 /// Measures how fast a card copies within its memory.

@@ -1,6 +1,10 @@
 //! Bytes of weights: a mapping of a file, or memory of our own, behind one type.
 //!
 //! Owns: the only `unsafe` of reading checkpoints. Refuses: anything but regular files.
+//! A mapping serves decoding as it is: with the kernels asking for memory ahead, products of one token over a warm mapping came
+//! within 4 % of those over anonymous memory in huge pages, where that was measured, and a restart has nothing to copy. So
+//! there is one copy of the weights, which the page cache shares with the next worker.
+//!
 //! Invariant: a `Region` lies inside its source, and keeps it alive.
 
 use std::fmt;

@@ -98,9 +98,14 @@ impl Decoder {
     pub fn scratch_bytes(config: &Config, rows: u64) -> u64 {
         let hidden = config.hidden_size as u64;
         let projected = ((config.heads + 2 * config.kv_heads) * config.head_dim) as u64;
+        // With bytes for the largest product of a layer, twice where tiles want them packed, with scales.
+        let rounded = |inner: usize| hidden.max(inner as u64) * 9 / 16;
         let mlp = match config.mlp {
-            Mlp::Experts(experts) => experts.per_token as u64 * (4 * hidden + 3 * experts.intermediate_size as u64),
-            Mlp::Dense(dense) => 2 * dense.intermediate_size as u64,
+            Mlp::Experts(experts) => {
+                let inner = experts.intermediate_size;
+                experts.per_token as u64 * (4 * hidden + 3 * inner as u64 + rounded(inner))
+            }
+            Mlp::Dense(dense) => 2 * dense.intermediate_size as u64 + rounded(dense.intermediate_size),
         };
         let per_row = 6 * hidden + 3 * projected + mlp + config.vocab_size as u64;
         per_row * rows * size_of::<f32>() as u64 + attention::scratch_bytes(config, rows)

@@ -21,12 +21,14 @@ impl DenseMlp<'_> {
     /// Shapes: x, out: [batch, hidden].
     pub fn run(&self, x: &[f32], out: &mut [f32]) {
         let (gate, up) = (&self.weights.gate, &self.weights.up);
-        let tokens = x.len() / gate.weight.cols();
-        let mut inner = vec![0.0; tokens * gate.weight.rows()];
+        let (tokens, width) = (x.len() / gate.weight.cols(), gate.weight.rows());
+        let mut inner = vec![0.0; tokens * width];
         let mut upper = vec![0.0; inner.len()];
-        gate.apply(self.cpu, x, &mut inner);
-        up.apply(self.cpu, x, &mut upper);
-        inner.iter_mut().zip(&upper).for_each(|(gate, up)| *gate = silu(*gate) * up);
+        self.cpu.multiply(&mut [gate.product(x, &mut inner), up.product(x, &mut upper)]);
+        self.cpu.for_each_chunk(&mut inner, width, |token, inner| {
+            let upper = &upper[token * width..(token + 1) * width];
+            inner.iter_mut().zip(upper).for_each(|(gate, up)| *gate = silu(*gate) * up);
+        });
         self.weights.down.apply(self.cpu, &inner, out);
     }
 }

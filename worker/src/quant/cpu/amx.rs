@@ -8,6 +8,10 @@
 //! The tile registers are named as clobbers; a thread configures them when it begins and gives them back when it ends.
 
 use std::arch::asm;
+#[allow(
+    clippy::wildcard_imports,
+    reason = "kernels name dozens of intrinsics, which say themselves what they are"
+)]
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -228,7 +232,8 @@ impl Tiles<'_> {
     /// Adds a block's sums, scaled, to its lane.
     #[target_feature(enable = "avx512f")]
     fn add_scaled(&self, weights: &Scratch, block: usize, sums: &Sums, lane: &mut Lane) {
-        let scales = [0, 1].map(|side| zmm::load_f32(&weights[side].floats[block * TILE..]));
+        let [first, second] = weights.each_ref().map(|side| &side.floats.as_chunks::<TILE>().0[block]);
+        let scales = [zmm::load_f32(first), zmm::load_f32(second)];
         for (side, (sums, lane)) in sums.0.iter().zip(&mut lane.0).enumerate() {
             let tokens = &self.packed.scales[(self.groups[side] * self.coded.blocks() + block) * TILE..][..TILE];
             for ((sums, lane), rows) in sums.iter().zip(lane).zip(scales) {
@@ -248,10 +253,10 @@ impl Tiles<'_> {
 fn add_up(lanes: &[Lane; LANES], products: &mut Lane) {
     let products = products.0.as_flattened_mut().as_flattened_mut();
     for (index, products) in products.iter_mut().enumerate() {
-        let lanes = lanes.each_ref().map(|lane| {
-            let lane: &[[f32; TILE]] = lane.0.as_flattened().as_flattened();
-            zmm::load_f32(&lane[index])
-        });
-        *products = zmm::store_f32(zmm::add_lanes(lanes));
+        let mut vectors = [_mm512_setzero_ps(); LANES];
+        for (vector, lane) in vectors.iter_mut().zip(lanes) {
+            *vector = zmm::load_f32(&lane.0.as_flattened().as_flattened()[index]);
+        }
+        *products = zmm::store_f32(zmm::add_lanes(vectors));
     }
 }

@@ -55,9 +55,9 @@ impl Instructions {
             Instructions::Baseline => |rows, x| bf16_in_lanes(rows, x, |x, y, sum| x * y + sum),
             Instructions::Fused => |rows, x| bf16_in_lanes(rows, x, f32::mul_add),
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx2 => x86::bf16_avx2,
+            Instructions::Avx2 => super::floats::bf16,
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => x86::bf16_avx512,
+            Instructions::Avx512 => super::zmm::bf16,
         }
     }
 
@@ -104,7 +104,6 @@ fn bf16_in_lanes(
     x: &[f32],
     multiply_add: impl Fn(f32, f32, f32) -> f32,
 ) -> [f32; BF16_ROWS] {
-    let widen = |bytes: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
     let rows = rows.map(|row| &row[..x.len()]);
     let mut sums = [[0.0f32; LANES]; BF16_ROWS];
     let (x_lanes, x_rest) = x.as_chunks::<LANES>();
@@ -116,12 +115,28 @@ fn bf16_in_lanes(
             }
         }
     }
-    for (sums, row) in sums.iter_mut().zip(rows) {
-        for (lane, (x, weight)) in x_rest.iter().zip(row.as_chunks::<LANES>().1).enumerate() {
-            sums[lane] = multiply_add(widen(*weight), *x, sums[lane]);
-        }
+    std::array::from_fn(|row| {
+        sums[row] = x_rest.iter().zip(rows[row].as_chunks::<LANES>().1).enumerate().fold(
+            sums[row],
+            |mut sums, (lane, (x, weight))| {
+                sums[lane] = multiply_add(widen(*weight), *x, sums[lane]);
+                sums
+            },
+        );
+        add_up(sums[row])
+    })
+}
+
+/// Multiplies what is left of a row and adds everything up.
+pub(super) fn bf16_rest(row: &[[u8; 2]], x: &[f32], mut sums: [f32; LANES]) -> f32 {
+    for (sum, (x, weight)) in sums.iter_mut().zip(x.iter().zip(row)) {
+        *sum = widen(*weight).mul_add(*x, *sum);
     }
-    sums.map(add_up)
+    add_up(sums)
+}
+
+fn widen(bytes: [u8; 2]) -> f32 {
+    f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
 }
 
 /// Adds partial sums pairwise.
@@ -139,7 +154,7 @@ fn add_up(mut sums: [f32; LANES]) -> f32 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{BF16_ROWS, bf16_in_lanes, dot_in_lanes};
+    use super::dot_in_lanes;
 
     pub(super) fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
         #[target_feature(enable = "avx2,fma")]
@@ -148,24 +163,6 @@ mod x86 {
         }
         // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
         unsafe { fused(a, b) }
-    }
-
-    pub(super) fn bf16_avx2(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
-        #[target_feature(enable = "avx2,fma")]
-        fn fused(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
-            bf16_in_lanes(rows, x, f32::mul_add)
-        }
-        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
-        unsafe { fused(rows, x) }
-    }
-
-    pub(super) fn bf16_avx512(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-        fn fused(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
-            bf16_in_lanes(rows, x, f32::mul_add)
-        }
-        // SAFETY: `Instructions::of` hands this function out only for a path that was checked against the processor.
-        unsafe { fused(rows, x) }
     }
 
     pub(super) fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {

@@ -170,9 +170,12 @@ impl<'a> Coded<'a> {
                     let index = (start + done) >> group;
                     let end = (((index + 1) << group) - start).min(out.len());
                     let absmax = nested.absmax[index];
-                    for (out, code) in out[done..end].iter_mut().zip(&codes[done..end]) {
-                        *out = nested.map[usize::from(*code)] * absmax + nested.offset;
+                    let out = &mut out[done..end];
+                    for (out, code) in out.iter_mut().zip(&codes[done..end]) {
+                        *out = nested.map[usize::from(*code)];
                     }
+                    // A loop of its own, which is done in vectors.
+                    out.iter_mut().for_each(|out| *out = *out * absmax + nested.offset);
                     done = end;
                 }
             }
@@ -208,7 +211,7 @@ impl Token {
     /// from it is none either.
     ///
     /// Shapes: x: [cols] f32, a whole number of blocks.
-    pub(super) fn round(&mut self, kind: Kind, x: &[f32]) {
+    pub(super) fn round(&mut self, kind: Kind, x: &[f32], round_block: RoundBlock) {
         let per_segment = kind.blocks();
         let segments = x.len().div_ceil(SEGMENT);
         let blocks = (segments * per_segment).next_multiple_of(LANES);
@@ -236,18 +239,15 @@ impl Token {
     }
 }
 
-/// Rounds a block; gives the value of a step and the sum of the integers.
-#[inline]
-fn round_block(x: &[f32], even: &mut [i8], odd: &mut [i8]) -> (f32, i32) {
+/// Rounds a block of activations, its even and odd elements to places of their own; gives the value of a step and the sum of
+/// the integers.
+pub(super) type RoundBlock = fn(x: &[f32], even: &mut [i8], odd: &mut [i8]) -> (f32, i32);
+
+/// Rounds a block in plain Rust.
+pub(super) fn round_block(x: &[f32], even: &mut [i8], odd: &mut [i8]) -> (f32, i32) {
     // Bits of magnitudes are ordered as they are, with infinities and what is no number above all.
     let largest = f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.to_bits() & (u32::MAX >> 1))));
-    let steps = LARGEST / largest;
-    if !largest.is_finite() || !steps.is_finite() {
-        // All zero, or so small that no step is a normal number: what they add is far below what f32 keeps of anything.
-        even.fill(0);
-        odd.fill(0);
-        return (if largest.is_finite() { 0.0 } else { f32::NAN }, 0);
-    }
+    let Some(steps) = steps(largest) else { return no_steps(largest, even, odd) };
     let mut sum = 0;
     let (pairs, _) = x.as_chunks::<2>();
     for ((pair, even), odd) in pairs.iter().zip(even).zip(odd) {
@@ -255,7 +255,28 @@ fn round_block(x: &[f32], even: &mut [i8], odd: &mut [i8]) -> (f32, i32) {
         (*even, *odd) = (first as i8, second as i8);
         sum += first + second;
     }
-    (largest / LARGEST, sum)
+    (step_of(largest), sum)
+}
+
+/// Gives the steps in a unit of a block whose largest magnitude this is, where that is a finite number.
+#[inline(always)]
+pub(super) fn steps(largest: f32) -> Option<f32> {
+    let steps = LARGEST / largest;
+    (largest.is_finite() && steps.is_finite()).then_some(steps)
+}
+
+/// Rounds a block to zeros. It is all zero, or so small that what it adds is far below what f32 keeps of anything; or it holds
+/// what is no finite number, and then a step is none either.
+pub(super) fn no_steps(largest: f32, even: &mut [i8], odd: &mut [i8]) -> (f32, i32) {
+    even.fill(0);
+    odd.fill(0);
+    (if largest.is_finite() { 0.0 } else { f32::NAN }, 0)
+}
+
+/// Gives the value of a step.
+#[inline(always)]
+pub(super) fn step_of(largest: f32) -> f32 {
+    largest / LARGEST
 }
 
 /// Rounds a number of small magnitude to the nearest integer, the even one on a tie: by adding a number whose last bit is 1.

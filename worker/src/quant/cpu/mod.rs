@@ -12,6 +12,9 @@
 mod amx;
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod dot;
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
+mod floats;
 mod lines;
 mod path;
 #[expect(unsafe_code, reason = "threads share a closure and a slice for as long as a loop lasts")]
@@ -23,13 +26,14 @@ mod ymm;
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod zmm;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use self::dot::{BF16_ROWS, Dot, DotBf16, Instructions};
-use self::lines::{Coded, Output, Token};
+use self::lines::{Coded, Output, RoundBlock, Token};
 pub use self::path::{CpuPath, MissingFeature};
 use self::pool::{Decoded, Pool, Scratch};
 use crate::quant::{FloatType, Matrix};
@@ -87,7 +91,7 @@ pub struct Product<'a> {
 }
 
 impl Cpu {
-    /// Starts computing on `threads` threads, the caller's among them (0: one for each core that this process may use), by
+    /// Starts computing on `threads` threads, the caller's among them (0: one for each physical core that this process may use), by
     /// the best path that the processor has.
     ///
     /// # Errors
@@ -103,7 +107,7 @@ impl Cpu {
     pub fn start_on(path: CpuPath, threads: usize) -> Result<Cpu, CpuError> {
         path.check()?;
         let count = match threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            0 => cores(),
             given => given,
         };
         let pool = Pool::start(count).map_err(CpuError::Thread)?;
@@ -207,9 +211,10 @@ impl Cpu {
         let columns = product.weight.cols();
         let count = product.x.len() / columns;
         tokens.resize_with(count, Token::default);
+        let round_block = self.round_block();
         let round = |first: usize, tokens: &mut [Token]| {
             for (token, x) in tokens.iter_mut().zip(product.x.chunks_exact(columns).skip(first)) {
-                token.round(coded.kind, x);
+                token.round(coded.kind, x, round_block);
             }
         };
         if count <= TASK_TOKENS {
@@ -220,6 +225,16 @@ impl Cpu {
         #[cfg(target_arch = "x86_64")]
         if self.path == CpuPath::Amx && count >= AMX_TOKENS_MIN {
             rounded.packed.fill(coded, &rounded.tokens);
+        }
+    }
+
+    fn round_block(&self) -> RoundBlock {
+        match self.path {
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Avx2 | CpuPath::AvxVnni | CpuPath::Avx512 | CpuPath::Amx => floats::round_block,
+            #[cfg(not(target_arch = "x86_64"))]
+            CpuPath::Avx2 | CpuPath::AvxVnni | CpuPath::Avx512 | CpuPath::Amx => lines::round_block,
+            CpuPath::Scalar | CpuPath::Portable => lines::round_block,
         }
     }
 
@@ -250,11 +265,17 @@ impl Cpu {
         #[cfg(target_arch = "x86_64")]
         match (self.path, tokens) {
             (CpuPath::Scalar | CpuPath::Portable, _) => lines::products(coded, tokens, rows, out),
-            (CpuPath::Avx2, [token]) => ymm::avx2::one(coded, token, rows, out),
+            (CpuPath::Avx2, [token]) => ymm::avx2::one(coded, token, rows, (&mut scratch[0], out)),
             (CpuPath::Avx2, _) => ymm::avx2::many(coded, tokens, rows, (&mut scratch[0], out)),
-            (CpuPath::AvxVnni, [token]) => ymm::avxvnni::one(coded, token, rows, out),
+            (CpuPath::AvxVnni, [token]) => ymm::avxvnni::one(coded, token, rows, (&mut scratch[0], out)),
             (CpuPath::AvxVnni, _) => ymm::avxvnni::many(coded, tokens, rows, (&mut scratch[0], out)),
-            (CpuPath::Avx512 | CpuPath::Amx, [token]) => zmm::one(coded, token, rows, out),
+            (CpuPath::Avx512 | CpuPath::Amx, [token]) if coded.kind.blocks() == 1 => {
+                ymm::avx512::one(coded, token, rows, (&mut scratch[0], out));
+            }
+            (CpuPath::Avx512 | CpuPath::Amx, [token]) => zmm::one(coded, token, rows, (&mut scratch[0], out)),
+            (CpuPath::Avx512 | CpuPath::Amx, _) if tokens.len() < zmm::TOKENS => {
+                ymm::avx512::many(coded, tokens, rows, (&mut scratch[0], out));
+            }
             (CpuPath::Amx, tokens) if tokens.len() >= AMX_TOKENS_MIN => {
                 amx::many(coded, (&rounded.packed, tokens.len()), rows, (scratch, out));
             }
@@ -314,6 +335,19 @@ struct Rounded {
     tokens: Vec<Token>,
     #[cfg(target_arch = "x86_64")]
     packed: amx::Packed,
+}
+
+/// Counts the cores that this process may use: two threads on one core share what multiplies.
+pub fn cores() -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    let siblings = |entry: io::Result<std::fs::DirEntry>| {
+        std::fs::read_to_string(entry.ok()?.path().join("topology/thread_siblings_list")).ok()
+    };
+    let cores: BTreeSet<String> = match std::fs::read_dir("/sys/devices/system/cpu") {
+        Ok(entries) => entries.filter_map(siblings).collect(),
+        Err(_) => BTreeSet::new(),
+    };
+    if cores.is_empty() { allowed } else { allowed.min(cores.len()) }
 }
 
 /// A product that is being computed.

@@ -280,7 +280,7 @@ fn the_plain_twin_is_what_the_portable_path_computes() {
     let coded = Coded::of(&matrix).expect("whole blocks");
     let x = random.activations(576);
     let mut token = Token::default();
-    token.round(coded.kind, &x);
+    token.round(coded.kind, &x, lines::round_block);
     let mut out = vec![0.0; 9];
     let cells = pool::cells(&mut out);
     lines::products(&coded, &[token], 0..9, &Output { cells, rows: 9, bias: None });

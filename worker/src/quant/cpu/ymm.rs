@@ -16,76 +16,107 @@
 /// Makes the kernels for one set of instructions. A macro, for the features that a function is compiled for cannot be a
 /// parameter of it; `$add` is the one thing that differs, beside `$offset`, which is added to the table.
 macro_rules! kernels {
-    ($module:ident, $features:literal, $offset:literal, $add:ident) => {
+    ($module:ident, $features:literal, $offset:literal, $add:ident, $finish:ident) => {
         pub(super) mod $module {
             use std::arch::x86_64::*;
             use std::ops::Range;
 
-            use super::super::lines::{Coded, LANES, Line, Output, Token};
+            use super::super::lines::{Coded, Kind, LANES, Line, Output, SEGMENT_BYTES, Token};
             use super::super::pool::Decoded;
-            use super::{$add as add_products, *};
+            use super::{$add as add_products, $finish as finish, *};
 
             /// Whether sums are of weights with an offset.
             const HAS_OFFSET: bool = $offset != 0;
 
             /// Computes rows for one token.
-            pub(in super::super) fn one(coded: &Coded<'_>, token: &Token, rows: Range<usize>, out: &Output<'_>) {
+            pub(in super::super) fn one(
+                coded: &Coded<'_>,
+                token: &Token,
+                rows: Range<usize>,
+                (scratch, out): (&mut Decoded, &Output<'_>),
+            ) {
                 #[target_feature(enable = $features)]
-                fn inner<const BLOCKS: usize>(coded: &Coded<'_>, token: &Token, rows: Range<usize>, out: &Output<'_>) {
+                fn inner<const BLOCKS: usize, const SEGMENTS: usize, const SMALL: bool>(
+                    coded: &Coded<'_>,
+                    token: &Token,
+                    rows: Range<usize>,
+                    (scratch, out): (&mut Decoded, &Output<'_>),
+                ) {
+                    let table = table(coded.kind, $offset);
+                    scratch.floats.clear();
+                    scratch.floats.resize(token.scales.len(), 0.0);
                     for row in rows {
-                        out.put(0, row, row_of_one::<BLOCKS>(coded, token, row));
+                        coded.write_scales(row, 0, &mut scratch.floats[..coded.blocks()]);
+                        out.put(
+                            0,
+                            row,
+                            row_of_one::<BLOCKS, SEGMENTS, SMALL>(coded.row(row), token, table, &scratch.floats),
+                        );
                     }
                 }
-                // SAFETY: the path that leads here was checked against the processor.
-                match coded.kind.blocks() {
-                    1 => unsafe { inner::<1>(coded, token, rows, out) },
+                match coded.kind {
+                    // SAFETY: the path that leads here was checked against the processor.
+                    Kind::Nf4 => unsafe { inner::<1, 8, false>(coded, token, rows, (scratch, out)) },
                     // SAFETY: as above.
-                    _ => unsafe { inner::<2>(coded, token, rows, out) },
+                    Kind::Nf4Halves => unsafe { inner::<2, 4, false>(coded, token, rows, (scratch, out)) },
+                    // SAFETY: as above.
+                    Kind::Mxfp4 => unsafe { inner::<2, 4, true>(coded, token, rows, (scratch, out)) },
                 }
             }
 
+            /// Multiplies a row; eight blocks are so many segments.
             #[target_feature(enable = $features)]
-            fn row_of_one<const BLOCKS: usize>(coded: &Coded<'_>, token: &Token, row: usize) -> f32 {
-                let table = table(coded.kind, $offset);
-                let (whole, rest) = coded.row(row);
+            fn row_of_one<const BLOCKS: usize, const SEGMENTS: usize, const SMALL: bool>(
+                (whole, rest): (&[[u8; SEGMENT_BYTES]], &[u8]),
+                token: &Token,
+                table: __m256i,
+                scales: &[f32],
+            ) -> f32 {
+                let (groups, last) = whole.as_chunks::<SEGMENTS>();
+                let (lines, last_lines) = token.lines.as_chunks::<SEGMENTS>();
+                let steps = scales.as_chunks::<LANES>().0.iter().zip(token.scales.as_chunks::<LANES>().0);
+                let mut steps = steps.zip(token.corrections.as_chunks::<LANES>().0);
                 let mut lanes = _mm256_setzero_ps();
-                let mut scales = [0.0f32; SCALES];
-                let per_group = LANES / BLOCKS;
-                let groups = coded.segments().div_ceil(per_group);
-                for group in 0..groups {
-                    let block = group * LANES;
-                    if block % SCALES == 0 {
-                        let count = (coded.blocks() - block).min(SCALES);
-                        coded.write_scales(row, block, &mut scales[..count]);
-                        scales[count..].fill(0.0);
+                for ((codes, lines), steps) in groups.iter().zip(lines).zip(&mut steps) {
+                    prefetch(codes);
+                    let mut sums = [_mm256_setzero_si256(); SEGMENTS];
+                    for i in 0..SEGMENTS {
+                        sums[i] = segment_sums::<SMALL>(table, &codes[i], &lines[i]);
                     }
-                    let first = group * per_group;
-                    let mut sums = [_mm256_setzero_si256(); LANES];
-                    if first + per_group <= whole.len() {
-                        let codes = &whole[first..first + per_group];
-                        let lines = &token.lines[first..first + per_group];
-                        prefetch(codes);
-                        for i in 0..per_group {
-                            let (high, low) = decode(table, &codes[i]);
-                            sums[i] = add_products(sums[i], high, load_half(&lines[i], 0));
-                            sums[i] = add_products(sums[i], low, load_half(&lines[i], 1));
-                        }
-                    } else {
-                        for i in 0..per_group.min(coded.segments() - first) {
-                            let (high, low) = decode(table, &segment(whole, rest, first + i));
-                            let line = &token.lines[first + i];
-                            sums[i] = add_products(sums[i], high, load_half(line, 0));
-                            sums[i] = add_products(sums[i], low, load_half(line, 1));
-                        }
+                    lanes = add_scaled::<BLOCKS, SEGMENTS>(lanes, sums, steps);
+                }
+                if let Some(steps) = steps.next() {
+                    let mut sums = [_mm256_setzero_si256(); SEGMENTS];
+                    for (i, line) in last_lines.iter().enumerate() {
+                        sums[i] = segment_sums::<SMALL>(table, &segment(last, rest, i), line);
                     }
-                    let mut blocks = if BLOCKS == 1 { add_across(sums) } else { add_across_halves(sums) };
-                    if HAS_OFFSET {
-                        blocks = _mm256_add_epi32(blocks, load_i32(&token.corrections[block..]));
-                    }
-                    let scale = _mm256_mul_ps(load_f32(&scales[block % SCALES..]), load_f32(&token.scales[block..]));
-                    lanes = _mm256_fmadd_ps(_mm256_cvtepi32_ps(blocks), scale, lanes);
+                    lanes = add_scaled::<BLOCKS, SEGMENTS>(lanes, sums, steps);
                 }
                 add_up(lanes)
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn segment_sums<const SMALL: bool>(table: __m256i, codes: &[u8; SEGMENT_BYTES], line: &Line) -> __m256i {
+                let (high, low) = decode(table, codes);
+                let sums = add_products::<SMALL>(_mm256_setzero_si256(), high, load_half(line, 0));
+                finish::<SMALL>(add_products::<SMALL>(sums, low, load_half(line, 1)))
+            }
+
+            /// Adds the sums of eight blocks, scaled, to the lanes.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn add_scaled<const BLOCKS: usize, const SEGMENTS: usize>(
+                lanes: __m256,
+                sums: [__m256i; SEGMENTS],
+                ((weights, activations), corrections): ((&[f32; LANES], &[f32; LANES]), &[i32; LANES]),
+            ) -> __m256 {
+                let mut blocks = if BLOCKS == 1 { add_across(&sums) } else { add_across_halves(&sums) };
+                if HAS_OFFSET {
+                    blocks = _mm256_add_epi32(blocks, load_i32(corrections));
+                }
+                let scale = _mm256_mul_ps(load_f32(weights), load_f32(activations));
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(blocks), scale, lanes)
             }
 
             /// Computes rows for many tokens.
@@ -111,22 +142,35 @@ macro_rules! kernels {
                                     out.put(4 * index + token, row, product);
                                 }
                             };
-                            match (coded.kind.blocks(), four) {
-                                (1, [a, b, c, d]) => tile_times::<1, 4>([a, b, c, d], coded, scratch, products),
-                                (1, [a, b, c]) => tile_times::<1, 3>([a, b, c], coded, scratch, products),
-                                (1, [a, b]) => tile_times::<1, 2>([a, b], coded, scratch, products),
-                                (1, [a]) => tile_times::<1, 1>([a], coded, scratch, products),
-                                (_, [a, b, c, d]) => tile_times::<2, 4>([a, b, c, d], coded, scratch, products),
-                                (_, [a, b, c]) => tile_times::<2, 3>([a, b, c], coded, scratch, products),
-                                (_, [a, b]) => tile_times::<2, 2>([a, b], coded, scratch, products),
-                                (_, [a]) => tile_times::<2, 1>([a], coded, scratch, products),
-                                (_, _) => unreachable!("chunks of four have one to four"),
+                            match coded.kind {
+                                Kind::Nf4 => some_times::<1, false>(four, coded, scratch, products),
+                                Kind::Nf4Halves => some_times::<2, false>(four, coded, scratch, products),
+                                Kind::Mxfp4 => some_times::<2, true>(four, coded, scratch, products),
                             }
                         }
                     }
                 }
                 // SAFETY: the path that leads here was checked against the processor.
                 unsafe { inner(coded, tokens, rows, (scratch, out)) }
+            }
+
+            /// Multiplies the tile in `scratch` with one to four tokens.
+            #[target_feature(enable = $features)]
+            fn some_times<const BLOCKS: usize, const SMALL: bool>(
+                tokens: &[Token],
+                coded: &Coded<'_>,
+                scratch: &Decoded,
+                products: impl FnMut(usize, [f32; TILE]),
+            ) {
+                match tokens {
+                    [a, b, c, d] => {
+                        tile_times::<BLOCKS, SMALL, 4>([a, b, c, d], coded, scratch, products);
+                    }
+                    [a, b, c] => tile_times::<BLOCKS, SMALL, 3>([a, b, c], coded, scratch, products),
+                    [a, b] => tile_times::<BLOCKS, SMALL, 2>([a, b], coded, scratch, products),
+                    [a] => tile_times::<BLOCKS, SMALL, 1>([a], coded, scratch, products),
+                    _ => unreachable!("tokens come four at a time"),
+                }
             }
 
             /// Decodes up to eight rows into `scratch`: of each segment 16 quads, a quad being four bytes of each row, and of
@@ -160,7 +204,7 @@ macro_rules! kernels {
 
             /// Multiplies the tile in `scratch` with some tokens.
             #[target_feature(enable = $features)]
-            fn tile_times<const BLOCKS: usize, const TOKENS: usize>(
+            fn tile_times<const BLOCKS: usize, const SMALL: bool, const TOKENS: usize>(
                 tokens: [&Token; TOKENS],
                 coded: &Coded<'_>,
                 scratch: &Decoded,
@@ -168,32 +212,41 @@ macro_rules! kernels {
             ) {
                 let mut lanes = [[_mm256_setzero_ps(); TOKENS]; LANES];
                 let scales = scratch.floats.as_chunks::<TILE>().0;
+                let tiles = scratch.lines.as_chunks::<TILE>().0;
+                // Unrolled as a whole, the loop over quads would need more registers than there are.
+                let quads = std::hint::black_box(2 * QUADS / BLOCKS);
                 for block in 0..coded.blocks() {
                     let (segment, half) = (block / BLOCKS, block % BLOCKS);
-                    let lines: &[Line; TILE] = scratch.lines.as_chunks().0[segment..].first().expect("decoded before");
+                    let lines: &[Line; TILE] = &tiles[segment];
                     let bytes = tokens.map(|token| &token.lines[segment]);
                     let mut sums = [_mm256_setzero_si256(); TOKENS];
                     if HAS_OFFSET {
-                        sums = tokens.map(|token| _mm256_set1_epi32(token.corrections[block]));
+                        for token in 0..TOKENS {
+                            sums[token] = _mm256_set1_epi32(tokens[token].corrections[block]);
+                        }
                     }
-                    let quads = QUADS / BLOCKS;
-                    for quad in 0..2 * quads {
-                        // Quads of high nibbles, then those of low ones.
-                        let quad = quad / quads * QUADS + half * quads + quad % quads;
+                    let part = QUADS / BLOCKS;
+                    for quad in 0..quads {
+                        // Quads of high nibbles, then those of low ones; all are below twice `QUADS`.
+                        let quad = (quad / part * QUADS + half * part + quad % part) % (2 * QUADS);
                         let weights = load_half(&lines[quad / 2], quad % 2);
                         for token in 0..TOKENS {
-                            sums[token] = add_products(sums[token], weights, broadcast(bytes[token], quad));
+                            let four = broadcast(bytes[token], quad);
+                            sums[token] = add_products::<SMALL>(sums[token], weights, four);
                         }
                     }
                     let weights = load_f32(&scales[block]);
                     for token in 0..TOKENS {
                         let scale = _mm256_mul_ps(weights, _mm256_set1_ps(tokens[token].scales[block]));
                         let lane = &mut lanes[block % LANES][token];
-                        *lane = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[token]), scale, *lane);
+                        let sum = _mm256_cvtepi32_ps(finish::<SMALL>(sums[token]));
+                        *lane = _mm256_fmadd_ps(sum, scale, *lane);
                     }
                 }
                 for token in 0..TOKENS {
-                    let [a, b, c, d, e, f, g, h] = lanes.map(|lane| lane[token]);
+                    let [a, b, c, d, e, f, g, h] = &lanes;
+                    let [a, b, c, d] = [a[token], b[token], c[token], d[token]];
+                    let [e, f, g, h] = [e[token], f[token], g[token], h[token]];
                     let left = _mm256_add_ps(_mm256_add_ps(a, e), _mm256_add_ps(c, g));
                     let right = _mm256_add_ps(_mm256_add_ps(b, f), _mm256_add_ps(d, h));
                     products(token, store_f32(_mm256_add_ps(left, right)));
@@ -203,6 +256,10 @@ macro_rules! kernels {
     };
 }
 
+#[allow(
+    clippy::wildcard_imports,
+    reason = "kernels name dozens of intrinsics, which say themselves what they are"
+)]
 use std::arch::x86_64::*;
 
 use super::lines::{Kind, LANES, Line, SEGMENT, SEGMENT_BYTES};
@@ -213,14 +270,12 @@ const TILE: usize = 8;
 /// Quads of the high nibbles of a segment, and of the low ones.
 const QUADS: usize = SEGMENT / 8;
 
-/// Scales of a row that are worked out at a time.
-const SCALES: usize = 16 * LANES;
-
 /// How far ahead of the codes that are multiplied memory is asked for more. Units: bytes.
 const PREFETCH: usize = 4096;
 
-kernels!(avx2, "avx2,fma", 0, add_by_sign);
-kernels!(avxvnni, "avx2,fma,avxvnni", 128, add_by_vnni);
+kernels!(avx2, "avx2,fma", 0, add_by_sign, finish_by_sign);
+kernels!(avx512, "avx2,fma,avx512f,avx512vl,avx512vnni", 128, add_by_avx512, finish_by_vnni);
+kernels!(avxvnni, "avx2,fma,avxvnni", 128, add_by_vnni, finish_by_vnni);
 
 /// Gives the integers of a kind, each with `offset` added, twice over.
 #[inline]
@@ -244,19 +299,45 @@ pub(super) fn decode(table: __m256i, codes: &[u8; SEGMENT_BYTES]) -> (__m256i, _
     (_mm256_shuffle_epi8(table, high), _mm256_shuffle_epi8(table, low))
 }
 
-/// Adds products of signed weights to sums.
+/// Adds products of signed weights to sums; those of small weights are kept as pairs in 16 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_by_sign(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
+fn add_by_sign<const SMALL: bool>(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
     let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(bytes, weights));
+    if SMALL {
+        return _mm256_add_epi16(sums, pairs);
+    }
     _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
+
+/// Gives the sums in 32 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn finish_by_sign<const SMALL: bool>(sums: __m256i) -> __m256i {
+    if SMALL { _mm256_madd_epi16(sums, _mm256_set1_epi16(1)) } else { sums }
+}
+
+// A block of MXFP4 adds up to so many pairs in one place.
+const _: () = assert!(SEGMENT as i32 / 2 / 4 * 2 * 12 * 127 <= i16::MAX as i32);
 
 /// Adds products of unsigned weights to sums.
 #[inline]
 #[target_feature(enable = "avx2,avxvnni")]
-fn add_by_vnni(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
+fn add_by_vnni<const SMALL: bool>(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
     _mm256_dpbusd_avx_epi32(sums, weights, bytes)
+}
+
+/// The same, encoded as AVX-512.
+#[inline]
+#[target_feature(enable = "avx2,avx512f,avx512vl,avx512vnni")]
+fn add_by_avx512<const SMALL: bool>(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
+    _mm256_dpbusd_epi32(sums, weights, bytes)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn finish_by_vnni<const SMALL: bool>(sums: __m256i) -> __m256i {
+    sums
 }
 
 /// Gives a segment's codes; where the row ends in its middle, zeros follow, which meet activations of zero.
@@ -273,14 +354,20 @@ pub(super) fn segment(whole: &[[u8; SEGMENT_BYTES]], rest: &[u8], index: usize) 
 #[inline]
 #[target_feature(enable = "avx2")]
 fn prefetch(codes: &[[u8; SEGMENT_BYTES]]) {
-    let start = codes.as_ptr().cast::<i8>();
-    for line in 0..codes.len().div_ceil(2) {
-        let ahead = start.wrapping_add(PREFETCH + line * size_of::<Line>());
-        // SAFETY: prefetching an address does nothing that can be seen, also where nothing is mapped.
-        #[allow(unused_unsafe, reason = "newer compilers know that this is safe")]
-        unsafe {
-            _mm_prefetch(ahead, _MM_HINT_T0)
-        };
+    for two in codes.chunks(2) {
+        prefetch_behind(two);
+    }
+}
+
+/// Asks for the memory that is multiplied soon, a line of it.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn prefetch_behind<T>(now: &[T]) {
+    let ahead = now.as_ptr().cast::<i8>().wrapping_add(PREFETCH);
+    // SAFETY: prefetching an address does nothing that can be seen, also where nothing is mapped.
+    #[allow(unused_unsafe, reason = "newer compilers know that this is safe")]
+    unsafe {
+        _mm_prefetch(ahead, _MM_HINT_T0);
     }
 }
 
@@ -296,29 +383,28 @@ pub(super) fn load_half(line: &Line, half: usize) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn broadcast(line: &Line, quad: usize) -> __m256i {
-    let bytes = line.0.as_chunks::<4>().0[quad].map(i8::cast_unsigned);
-    _mm256_set1_epi32(i32::from_le_bytes(bytes))
+    let [a, b, c, d] = line.0.as_chunks::<4>().0[quad];
+    let four = [a.cast_unsigned(), b.cast_unsigned(), c.cast_unsigned(), d.cast_unsigned()];
+    _mm256_set1_epi32(i32::from_le_bytes(four))
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn load_f32(numbers: &[f32]) -> __m256 {
-    let first = numbers.first_chunk::<LANES>().expect("scales come in whole vectors");
+pub(super) fn load_f32(numbers: &[f32; LANES]) -> __m256 {
     // SAFETY: eight numbers are read from an array of as many.
-    unsafe { _mm256_loadu_ps(first.as_ptr()) }
+    unsafe { _mm256_loadu_ps(numbers.as_ptr()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn load_i32(numbers: &[i32]) -> __m256i {
-    let first = numbers.first_chunk::<LANES>().expect("corrections come in whole vectors");
+pub(super) fn load_i32(numbers: &[i32; LANES]) -> __m256i {
     // SAFETY: eight numbers are read from an array of as many.
-    unsafe { _mm256_loadu_si256(first.as_ptr().cast()) }
+    unsafe { _mm256_loadu_si256(numbers.as_ptr().cast()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn store_f32(vector: __m256) -> [f32; TILE] {
+pub(super) fn store_f32(vector: __m256) -> [f32; TILE] {
     let mut numbers = [0.0; TILE];
     // SAFETY: eight numbers are written to an array of as many.
     unsafe { _mm256_storeu_ps(numbers.as_mut_ptr(), vector) };
@@ -358,17 +444,19 @@ fn add_quads(a: __m256i, b: __m256i) -> __m256i {
 /// Gives the sum of each of eight vectors.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_across([a, b, c, d, e, f, g, h]: [__m256i; LANES]) -> __m256i {
+fn add_across(vectors: &[__m256i]) -> __m256i {
+    let [a, b, c, d, e, f, g, h] = *vectors.first_chunk::<8>().expect("eight segments");
     let first = add_quads(add_pairs(a, b), add_pairs(c, d));
     let second = add_quads(add_pairs(e, f), add_pairs(g, h));
     let low = _mm256_permute2x128_si256(first, second, 0x20);
     _mm256_add_epi32(low, _mm256_permute2x128_si256(first, second, 0x31))
 }
 
-/// Gives the sum of each half of the first four vectors, in order.
+/// Gives the sum of each half of four vectors, in order.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_across_halves([a, b, c, d, ..]: [__m256i; LANES]) -> __m256i {
+fn add_across_halves(vectors: &[__m256i]) -> __m256i {
+    let [a, b, c, d] = *vectors.first_chunk::<4>().expect("four segments");
     let sums = add_quads(add_pairs(a, b), add_pairs(c, d));
     _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
 }
@@ -397,11 +485,11 @@ pub(super) fn transpose([a, b, c, d, e, f, g, h]: [__m256i; TILE]) -> [__m256i; 
         ]
     };
     let (upper, lower) = (four(a, b, c, d), four(e, f, g, h));
-    std::array::from_fn(|i| {
-        if i < 4 {
-            _mm256_permute2x128_si256(upper[i], lower[i], 0x20)
-        } else {
-            _mm256_permute2x128_si256(upper[i - 4], lower[i - 4], 0x31)
-        }
-    })
+    // Not by `from_fn` and the like, into which nothing that was compiled for more instructions is inlined.
+    let mut turned = [_mm256_setzero_si256(); TILE];
+    for i in 0..TILE / 2 {
+        turned[i] = _mm256_permute2x128_si256(upper[i], lower[i], 0x20);
+        turned[i + TILE / 2] = _mm256_permute2x128_si256(upper[i], lower[i], 0x31);
+    }
+    turned
 }

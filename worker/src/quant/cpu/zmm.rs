@@ -2,9 +2,14 @@
 //!
 //! `unsafe` stands here for loads and stores through pointers, and to call what was compiled for detected instructions.
 
+#[allow(
+    clippy::wildcard_imports,
+    reason = "kernels name dozens of intrinsics, which say themselves what they are"
+)]
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::dot::{self, BF16_ROWS};
 use super::lines::{Coded, LANES, Line, OFFSET, Output, SEGMENT, SEGMENT_BYTES, Token};
 use super::pool::Decoded;
 use super::ymm;
@@ -15,69 +20,105 @@ pub(super) const TILE: usize = 16;
 /// Quads of a segment: those of high nibbles, then those of low ones.
 pub(super) const QUADS: usize = SEGMENT / 4;
 
-/// Scales of a row that are worked out at a time.
-const SCALES: usize = 16 * LANES;
-
-/// How far ahead of the codes that are multiplied memory is asked for more. Units: bytes.
-const PREFETCH: usize = 8192;
-
 /// Tokens that meet a tile together.
-const TOKENS: usize = 8;
+pub(super) const TOKENS: usize = 8;
 
 /// Computes rows for one token.
-pub(super) fn one(coded: &Coded<'_>, token: &Token, rows: Range<usize>, out: &Output<'_>) {
+pub(super) fn one(coded: &Coded<'_>, token: &Token, rows: Range<usize>, (scratch, out): (&mut Decoded, &Output<'_>)) {
     #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn inner<const BLOCKS: usize>(coded: &Coded<'_>, token: &Token, rows: Range<usize>, out: &Output<'_>) {
+    fn inner<const BLOCKS: usize, const PAIRS: usize>(
+        coded: &Coded<'_>,
+        token: &Token,
+        rows: Range<usize>,
+        (scratch, out): (&mut Decoded, &Output<'_>),
+    ) {
+        let table = _mm512_castsi256_si512(ymm::table(coded.kind, OFFSET as u8));
+        let table = _mm512_shuffle_i64x2(table, table, 0);
+        scratch.floats.clear();
+        scratch.floats.resize(token.scales.len(), 0.0);
         for row in rows {
-            out.put(0, row, row_of_one::<BLOCKS>(coded, token, row));
+            coded.write_scales(row, 0, &mut scratch.floats[..coded.blocks()]);
+            out.put(0, row, row_of_one::<BLOCKS, PAIRS>(coded.row(row), token, table, &scratch.floats));
         }
     }
     match coded.kind.blocks() {
         // SAFETY: the path that leads here was checked against the processor.
-        1 => unsafe { inner::<1>(coded, token, rows, out) },
+        1 => unsafe { inner::<1, 4>(coded, token, rows, (scratch, out)) },
         // SAFETY: as above.
-        _ => unsafe { inner::<2>(coded, token, rows, out) },
+        _ => unsafe { inner::<2, 2>(coded, token, rows, (scratch, out)) },
     }
 }
 
+/// Multiplies a row; eight blocks are so many pairs of segments.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn row_of_one<const BLOCKS: usize>(coded: &Coded<'_>, token: &Token, row: usize) -> f32 {
-    let table = _mm512_castsi256_si512(ymm::table(coded.kind, OFFSET as u8));
-    let table = _mm512_shuffle_i64x2(table, table, 0);
-    let (whole, rest) = coded.row(row);
+fn row_of_one<const BLOCKS: usize, const PAIRS: usize>(
+    (whole, rest): (&[[u8; SEGMENT_BYTES]], &[u8]),
+    token: &Token,
+    table: __m512i,
+    scales: &[f32],
+) -> f32 {
+    let (pairs, _) = whole.as_chunks::<2>();
+    let (groups, last) = pairs.as_chunks::<PAIRS>();
+    let (lines, _) = token.lines.as_chunks::<2>().0.as_chunks::<PAIRS>();
+    let steps = scales.as_chunks::<LANES>().0.iter().zip(token.scales.as_chunks::<LANES>().0);
+    let mut steps = steps.zip(token.corrections.as_chunks::<LANES>().0);
     let mut lanes = _mm256_setzero_ps();
-    let mut scales = [0.0f32; SCALES];
-    let per_group = LANES / BLOCKS;
-    for group in 0..coded.segments().div_ceil(per_group) {
-        let block = group * LANES;
-        if block % SCALES == 0 {
-            let count = (coded.blocks() - block).min(SCALES);
-            coded.write_scales(row, block, &mut scales[..count]);
-            scales[count..].fill(0.0);
+    for ((codes, lines), steps) in groups.iter().zip(lines).zip(&mut steps) {
+        let mut sums = [_mm512_setzero_si512(); PAIRS];
+        for i in 0..PAIRS {
+            ymm::prefetch_behind(&codes[i]);
+            sums[i] = two_segments(table, &codes[i], [&lines[i][0], &lines[i][1]]);
         }
-        let first = group * per_group;
-        let mut sums = [_mm512_setzero_si512(); LANES / 2];
-        if first + per_group <= whole.len() {
-            let codes = whole[first..first + per_group].as_chunks::<2>().0;
-            let lines = token.lines[first..first + per_group].as_chunks::<2>().0;
-            for i in 0..per_group / 2 {
-                prefetch(&codes[i]);
-                sums[i] = two_segments(table, &codes[i], [&lines[i][0], &lines[i][1]]);
-            }
-        } else {
-            let line = |index: usize| token.lines.get(index).unwrap_or(&Line::ZERO);
-            for (i, sum) in sums.iter_mut().enumerate().take(per_group / 2) {
-                let index = first + 2 * i;
-                let codes = [index, index + 1].map(|index| ymm::segment(whole, rest, index));
-                *sum = two_segments(table, &codes, [line(index), line(index + 1)]);
-            }
+        lanes = add_scaled::<BLOCKS, PAIRS>(lanes, sums, steps);
+    }
+    if let Some(steps) = steps.next() {
+        let first = (pairs.len() - last.len()) * 2;
+        let mut sums = [_mm512_setzero_si512(); PAIRS];
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let both = [first + 2 * i, first + 2 * i + 1];
+            let codes = both.map(|index| ymm::segment(whole, rest, index));
+            *sum = two_segments(table, &codes, both.map(|index| token.lines.get(index).unwrap_or(&Line::ZERO)));
         }
-        let blocks = if BLOCKS == 1 { add_across(sums) } else { add_across_halves(sums) };
-        let blocks = _mm256_add_epi32(blocks, ymm::load_i32(&token.corrections[block..]));
-        let scale = _mm256_mul_ps(ymm::load_f32(&scales[block % SCALES..]), ymm::load_f32(&token.scales[block..]));
-        lanes = _mm256_fmadd_ps(_mm256_cvtepi32_ps(blocks), scale, lanes);
+        lanes = add_scaled::<BLOCKS, PAIRS>(lanes, sums, steps);
     }
     ymm::add_up(lanes)
+}
+
+/// Adds the sums of eight blocks, scaled, to the lanes.
+#[inline]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn add_scaled<const BLOCKS: usize, const PAIRS: usize>(
+    lanes: __m256,
+    sums: [__m512i; PAIRS],
+    ((weights, activations), corrections): ((&[f32; LANES], &[f32; LANES]), &[i32; LANES]),
+) -> __m256 {
+    let blocks = if BLOCKS == 1 { add_across(&sums) } else { add_across_halves(&sums) };
+    let blocks = _mm256_add_epi32(blocks, ymm::load_i32(corrections));
+    let scale = _mm256_mul_ps(ymm::load_f32(weights), ymm::load_f32(activations));
+    _mm256_fmadd_ps(_mm256_cvtepi32_ps(blocks), scale, lanes)
+}
+
+/// Computes four rows of bf16, as `dot::bf16_in_lanes` does.
+pub(super) fn bf16(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+    #[target_feature(enable = "avx512f")]
+    fn inner(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+        let (x_lanes, x_rest) = x.as_chunks::<TILE>();
+        let lanes = rows.map(|row| &row.as_chunks::<TILE>().0[..x_lanes.len()]);
+        let mut sums = [_mm512_setzero_ps(); BF16_ROWS];
+        for (index, x) in x_lanes.iter().enumerate() {
+            let x = load_f32(x);
+            for row in 0..BF16_ROWS {
+                ymm::prefetch_behind(&lanes[row][index]);
+                // SAFETY: 32 bytes are read from arrays of as many.
+                let weights = unsafe { _mm256_loadu_si256(lanes[row][index].as_ptr().cast()) };
+                let weights = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(weights), 16));
+                sums[row] = _mm512_fmadd_ps(weights, x, sums[row]);
+            }
+        }
+        std::array::from_fn(|row| dot::bf16_rest(&rows[row][x_lanes.len() * TILE..], x_rest, store_f32(sums[row])))
+    }
+    // SAFETY: the path that leads here was checked against the processor.
+    unsafe { inner(rows, x) }
 }
 
 /// Gives the products of two segments: the sums of four neighbours in each element.
@@ -96,18 +137,6 @@ fn two_segments(table: __m512i, codes: &[[u8; SEGMENT_BYTES]; 2], [first, second
     _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), high, both(0)), low, both(1))
 }
 
-/// Asks for the memory that is multiplied soon.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn prefetch(codes: &[[u8; SEGMENT_BYTES]; 2]) {
-    let ahead = codes.as_ptr().cast::<i8>().wrapping_add(PREFETCH);
-    // SAFETY: prefetching an address does nothing that can be seen, also where nothing is mapped.
-    #[allow(unused_unsafe, reason = "newer compilers know that this is safe")]
-    unsafe {
-        _mm_prefetch(ahead, _MM_HINT_T0);
-    }
-}
-
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn add_pairs(a: __m512i, b: __m512i) -> __m512i {
@@ -117,7 +146,8 @@ fn add_pairs(a: __m512i, b: __m512i) -> __m512i {
 /// Gives the sum of each half of four vectors, in order.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_across([a, b, c, d]: [__m512i; LANES / 2]) -> __m256i {
+fn add_across(vectors: &[__m512i]) -> __m256i {
+    let [a, b, c, d] = *vectors.first_chunk::<4>().expect("eight segments");
     let (ab, cd) = (add_pairs(a, b), add_pairs(c, d));
     let quarters = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
     let halves = _mm512_add_epi32(quarters, _mm512_shuffle_i32x4(quarters, quarters, 0b10_11_00_01));
@@ -125,10 +155,11 @@ fn add_across([a, b, c, d]: [__m512i; LANES / 2]) -> __m256i {
     _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, halves))
 }
 
-/// Gives the sum of each quarter of the first two vectors, in order.
+/// Gives the sum of each quarter of two vectors, in order.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_across_halves([a, b, ..]: [__m512i; LANES / 2]) -> __m256i {
+fn add_across_halves(vectors: &[__m512i]) -> __m256i {
+    let [a, b] = *vectors.first_chunk::<2>().expect("four segments");
     let pairs = add_pairs(a, b);
     let quarters = _mm512_add_epi32(pairs, _mm512_shuffle_epi32(pairs, 0b01_00_11_10));
     let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -152,15 +183,14 @@ pub(super) fn many(
                 }
             };
             match (coded.kind.blocks(), some.len()) {
-                (1, TOKENS) => tile_times::<1, TOKENS>(some, coded, scratch, products),
-                (_, TOKENS) => tile_times::<2, TOKENS>(some, coded, scratch, products),
+                (1, TOKENS) => tile_times::<1, 8, TOKENS>(some, coded, scratch, products),
+                (_, TOKENS) => tile_times::<2, 4, TOKENS>(some, coded, scratch, products),
                 (blocks, _) => {
-                    let products = products;
                     for (token, one) in some.iter().enumerate() {
                         let one = std::slice::from_ref(one);
                         match blocks {
-                            1 => tile_times::<1, 1>(one, coded, scratch, |_, tile| products(token, tile)),
-                            _ => tile_times::<2, 1>(one, coded, scratch, |_, tile| products(token, tile)),
+                            1 => tile_times::<1, 8, 1>(one, coded, scratch, |_, tile| products(token, tile)),
+                            _ => tile_times::<2, 4, 1>(one, coded, scratch, |_, tile| products(token, tile)),
                         }
                     }
                 }
@@ -217,15 +247,15 @@ pub(super) fn decode_tile<const OFFSET: u8, const PARTS: usize>(
     unsafe { inner::<OFFSET, PARTS>(coded, rows, scratch) }
 }
 
-/// Multiplies the tile in `scratch` with as many tokens as `COUNT` says.
-fn tile_times<const BLOCKS: usize, const COUNT: usize>(
+/// Multiplies the tile in `scratch` with `COUNT` tokens; the high nibbles of a block are `PART` quads, and the low ones.
+fn tile_times<const BLOCKS: usize, const PART: usize, const COUNT: usize>(
     tokens: &[Token],
     coded: &Coded<'_>,
     scratch: &Decoded,
     products: impl FnMut(usize, [f32; TILE]),
 ) {
     #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn inner<const BLOCKS: usize, const COUNT: usize>(
+    fn inner<const BLOCKS: usize, const PART: usize, const COUNT: usize>(
         tokens: &[Token; COUNT],
         coded: &Coded<'_>,
         scratch: &Decoded,
@@ -233,23 +263,31 @@ fn tile_times<const BLOCKS: usize, const COUNT: usize>(
     ) {
         let mut lanes = [[_mm512_setzero_ps(); COUNT]; LANES];
         let segments = scratch.lines.as_chunks::<QUADS>().0;
+        // Unrolled as a whole, the loop over quads would need more registers than there are.
+        let quads = std::hint::black_box(2 * PART);
+        let scales = scratch.floats.as_chunks::<TILE>().0;
         for block in 0..coded.blocks() {
             let (segment, half) = (block / BLOCKS, block % BLOCKS);
+            let mut sums = [_mm512_setzero_si512(); COUNT];
+            for token in 0..COUNT {
+                sums[token] = _mm512_set1_epi32(tokens[token].corrections[block]);
+            }
             let lines = &segments[segment];
-            let bytes: [&Line; COUNT] = std::array::from_fn(|token| &tokens[token].lines[segment]);
-            let mut sums: [__m512i; COUNT] =
-                std::array::from_fn(|token| _mm512_set1_epi32(tokens[token].corrections[block]));
-            let quads = QUADS / 2 / BLOCKS;
-            for quad in 0..2 * quads {
-                // Quads of high nibbles, then those of low ones.
-                let quad = quad / quads * (QUADS / 2) + half * quads + quad % quads;
+            let bytes: [&[[i8; 4]; QUADS]; COUNT] = std::array::from_fn(|token| {
+                tokens[token].lines[segment].0.as_chunks().0.first_chunk().expect("a line has as many quads")
+            });
+            for quad in 0..quads {
+                // Quads of high nibbles, then those of low ones; all are below `QUADS`.
+                let quad = (quad / PART * (QUADS / 2) + half * PART + quad % PART) % QUADS;
                 let weights = load_line(&lines[quad]);
                 for token in 0..COUNT {
-                    sums[token] =
-                        _mm512_dpbusd_epi32(sums[token], weights, _mm512_set1_epi32(four(bytes[token], quad)));
+                    let [a, b, c, d] = bytes[token][quad];
+                    let four = [a.cast_unsigned(), b.cast_unsigned(), c.cast_unsigned(), d.cast_unsigned()];
+                    let four = _mm512_set1_epi32(i32::from_le_bytes(four));
+                    sums[token] = _mm512_dpbusd_epi32(sums[token], weights, four);
                 }
             }
-            let weights = load_f32(&scratch.floats[block * TILE..]);
+            let weights = load_f32(&scales[block]);
             for token in 0..COUNT {
                 let scale = _mm512_mul_ps(weights, _mm512_set1_ps(tokens[token].scales[block]));
                 let lane = &mut lanes[block % LANES][token];
@@ -257,12 +295,15 @@ fn tile_times<const BLOCKS: usize, const COUNT: usize>(
             }
         }
         for token in 0..COUNT {
-            products(token, store_f32(add_lanes(lanes.map(|lane| lane[token]))));
+            let [a, b, c, d, e, f, g, h] = &lanes;
+            let [a, b, c, d] = [a[token], b[token], c[token], d[token]];
+            let lanes = [a, b, c, d, e[token], f[token], g[token], h[token]];
+            products(token, store_f32(add_lanes(lanes)));
         }
     }
     let tokens = tokens.first_chunk().expect("as many tokens as asked for");
     // SAFETY: the path that leads here was checked against the processor.
-    unsafe { inner::<BLOCKS, COUNT>(tokens, coded, scratch, products) }
+    unsafe { inner::<BLOCKS, PART, COUNT>(tokens, coded, scratch, products) }
 }
 
 /// Adds the lanes of sixteen products, in the order of `lines::add_up`.
@@ -274,12 +315,6 @@ pub(super) fn add_lanes([a, b, c, d, e, f, g, h]: [__m512; LANES]) -> __m512 {
     _mm512_add_ps(left, right)
 }
 
-/// The four activations that meet a quad.
-#[inline(always)]
-fn four(line: &Line, quad: usize) -> i32 {
-    i32::from_le_bytes(line.0.as_chunks::<4>().0[quad].map(i8::cast_unsigned))
-}
-
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load_line(line: &Line) -> __m512i {
@@ -289,10 +324,9 @@ fn load_line(line: &Line) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn load_f32(numbers: &[f32]) -> __m512 {
-    let first = numbers.first_chunk::<TILE>().expect("scales come in whole vectors");
+pub(super) fn load_f32(numbers: &[f32; TILE]) -> __m512 {
     // SAFETY: sixteen numbers are read from an array of as many.
-    unsafe { _mm512_loadu_ps(first.as_ptr()) }
+    unsafe { _mm512_loadu_ps(numbers.as_ptr()) }
 }
 
 #[inline]
