@@ -6,7 +6,7 @@ PYTHON ?= python3
 FUZZ_SECONDS ?= 120
 MODEL ?= worker/demo-model/checkpoint
 
-.PHONY: help run build-cuda gpu-pack test bench lint fuzz storm cuda-check
+.PHONY: help run build-cuda gpu-pack test bench lint fuzz storm cuda-check cuda-faults
 
 help:
 	@echo 'make run    build and serve the built-in model on http://127.0.0.1:8000 until Ctrl-C'
@@ -16,6 +16,7 @@ help:
 	@echo 'make storm  kill workers all the time, in full length, and print what was measured'
 	@echo 'make fuzz   run each fuzz target for FUZZ_SECONDS (now $(FUZZ_SECONDS))'
 	@echo 'make cuda-check  compile the CUDA kernels for six architectures (fetches a compiler)'
+	@echo 'make cuda-faults plant every fault in the CUDA kernels and see that the emulation notices'
 	@echo 'make build-cuda  build everything in release mode, bulkhead-worker-cuda too (needs no card; fetches a compiler)'
 	@echo 'make gpu-pack    that, and a folder to run tests/gpu/run.py from on a machine with a card and without Rust'
 
@@ -64,3 +65,6 @@ storm:
 
 cuda-check:
 	@$(PYTHON) tests/cuda/check_compile.py
+
+cuda-faults:
+	BULKHEAD_CUDA_FAULTS=all $(CARGO) test --workspace --test cuda_emulation -- --nocapture

@@ -12,6 +12,7 @@
 pub mod devices;
 #[expect(unsafe_code, reason = "calls the driver")]
 pub mod driver;
+mod form;
 mod host_part;
 pub mod images;
 pub mod kernels;

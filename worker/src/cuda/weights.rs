@@ -8,12 +8,12 @@
 use half::bf16;
 
 use super::driver::Card;
+pub use super::form::Form;
 use super::transfer::Memory;
 use super::upload::{Source, upload};
 use crate::device::DeviceError;
 use crate::model::config::Config;
 use crate::model::weights::{DenseWeights, LayerWeights, Linear, MixtureWeights, MlpWeights, Weights};
-use crate::quant::nf4::{BLOCK_SIZE, NESTED_GROUP};
 use crate::quant::{FloatType, Matrix, Scales};
 
 /// Every part begins at a multiple of this: what kernels load at once never crosses it. Units: bytes.
@@ -27,54 +27,6 @@ const DESCRIPTOR_BYTES: usize = 48;
 
 /// In place of minus infinity, the sink of a head that has none: finite, for the kernels take differences of it.
 const NO_SINK: f32 = -1e30;
-
-/// How a matrix is stored on the card.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Form {
-    /// NF4 with f32 scales.
-    Nf4,
-    /// NF4 with scales that are quantised themselves.
-    Nf4Nested,
-    /// MXFP4.
-    Mxfp4,
-    /// 16-bit floats.
-    Bf16,
-}
-
-impl Form {
-    /// Gives the name that kernels have for it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Form::Nf4 => "nf4",
-            Form::Nf4Nested => "nf4_nested",
-            Form::Mxfp4 => "mxfp4",
-            Form::Bf16 => "bf16",
-        }
-    }
-
-    /// Gives the shared memory that a product's tables take. Units: bytes.
-    #[must_use]
-    pub fn table_bytes(self) -> u32 {
-        const SCALES: u32 = 1024;
-        match self {
-            Form::Nf4 | Form::Nf4Nested | Form::Mxfp4 => 32768 + SCALES,
-            Form::Bf16 => SCALES,
-        }
-    }
-
-    fn of(matrix: &Matrix) -> Form {
-        match matrix {
-            Matrix::Mxfp4(_) => Form::Mxfp4,
-            Matrix::Nf4(nf4) if nf4.block_size() == BLOCK_SIZE => match nf4.scales() {
-                Scales::Plain(_) => Form::Nf4,
-                Scales::Nested(nested) if nested.group == NESTED_GROUP => Form::Nf4Nested,
-                Scales::Nested(_) => Form::Bf16,
-            },
-            Matrix::Nf4(_) | Matrix::Dense(_) => Form::Bf16,
-        }
-    }
-}
 
 /// Matrices that are multiplied with one activation, in one launch.
 #[derive(Clone, Debug)]
