@@ -148,7 +148,9 @@ impl Fleet {
                 None => "the model is being loaded".into(),
             }),
             State::Backoff => Health::Loading(format!("a worker will be started in a moment{}", last_end())),
-            State::Stopping | State::Stopped => Health::Unhealthy("the server is shutting down".into()),
+            // Nothing was started yet.
+            State::Stopped if status.incarnation == 0 => Health::Loading("a worker is starting".into()),
+            State::Stopping | State::Stopped => Health::Unhealthy("the worker was stopped".into()),
             State::Exited | State::Fatal => Health::Unhealthy(status.last_end.clone().unwrap_or_default()),
         }
     }
