@@ -7,10 +7,14 @@ use std::process::ExitCode;
 use bulkhead_supervisor::config::{self, Environment, flags};
 use bulkhead_supervisor::logging;
 use bulkhead_supervisor::serve::{self, Ended};
+use bulkhead_supervisor::walls;
 use clap::{Arg, Command, value_parser};
 
 /// The configuration, or something that it names, cannot be used.
 const EXIT_CANNOT_START: u8 = 2;
+
+/// The subcommand that serves.
+const SERVE: &str = "serve";
 
 /// The subcommand that the worker answers, and what it is given.
 const PLAN: &str = "plan";
@@ -27,6 +31,11 @@ fn main() -> ExitCode {
         let arguments = matches.get_many::<OsString>(PLAN_ARGUMENTS).unwrap_or_default();
         return plan(&environment, arguments);
     }
+    if name == SERVE
+        && let Err(error) = walls::begin()
+    {
+        return refuse(&error.to_string());
+    }
     let loaded = match config::load(matches, &environment) {
         Ok(loaded) => loaded,
         Err(error) => return refuse(&error.to_string()),
@@ -36,11 +45,16 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let recent = logging::start(loaded.config.log_format, &loaded.config.log_level);
+    // Before the first thread: each gets the walls of the one that starts it.
+    let gate = match serve::enclose(&loaded.config) {
+        Ok(gate) => gate,
+        Err(error) => return refuse(&error.to_string()),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return refuse(&format!("cannot start threads: {error}")),
     };
-    let ended = runtime.block_on(serve::serve(loaded, recent));
+    let ended = runtime.block_on(serve::serve(loaded, recent, gate));
     runtime.shutdown_background();
     match ended {
         Ok(Ended::InOrder) => ExitCode::SUCCESS,
@@ -50,7 +64,7 @@ fn main() -> ExitCode {
 }
 
 fn command() -> Command {
-    let serve = Command::new("serve").about("Serve a model until SIGTERM or Ctrl-C");
+    let serve = Command::new(SERVE).about("Serve a model until SIGTERM or Ctrl-C");
     let config = Command::new("config").about("Print the configuration, and where each value came from");
     // The options, and the help for them, are the worker's: it alone reads model files.
     let arguments = Arg::new(PLAN_ARGUMENTS).value_parser(value_parser!(OsString)).num_args(0..);
