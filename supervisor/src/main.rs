@@ -13,9 +13,6 @@ use clap::{Arg, Command, value_parser};
 /// The configuration, or something that it names, cannot be used.
 const EXIT_CANNOT_START: u8 = 2;
 
-/// The subcommand that serves.
-const SERVE: &str = "serve";
-
 /// The subcommand that the worker answers, and what it is given.
 const PLAN: &str = "plan";
 const PLAN_ARGUMENTS: &str = "arguments";
@@ -31,11 +28,10 @@ fn main() -> ExitCode {
         let arguments = matches.get_many::<OsString>(PLAN_ARGUMENTS).unwrap_or_default();
         return plan(&environment, arguments);
     }
-    if name == SERVE
-        && let Err(error) = walls::begin()
-    {
-        return refuse(&error.to_string());
-    }
+    let begun = match walls::begin() {
+        Ok(begun) => begun,
+        Err(error) => return refuse(&error.to_string()),
+    };
     let loaded = match config::load(matches, &environment) {
         Ok(loaded) => loaded,
         Err(error) => return refuse(&error.to_string()),
@@ -46,7 +42,7 @@ fn main() -> ExitCode {
     }
     let recent = logging::start(loaded.config.log_format, &loaded.config.log_level);
     // Before the first thread: each gets the walls of the one that starts it.
-    let gate = match serve::enclose(&loaded.config) {
+    let gate = match serve::enclose(begun, &loaded.config) {
         Ok(gate) => gate,
         Err(error) => return refuse(&error.to_string()),
     };
@@ -64,7 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn command() -> Command {
-    let serve = Command::new(SERVE).about("Serve a model until SIGTERM or Ctrl-C");
+    let serve = Command::new("serve").about("Serve a model until SIGTERM or Ctrl-C");
     let config = Command::new("config").about("Print the configuration, and where each value came from");
     // The options, and the help for them, are the worker's: it alone reads model files.
     let arguments = Arg::new(PLAN_ARGUMENTS).value_parser(value_parser!(OsString)).num_args(0..);

@@ -31,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::queue::Bounds;
 use crate::shutdown::{Budget, Meaning, Signals};
 use crate::tickets::Tickets;
-use crate::walls::{self, Walls, WallsError};
+use crate::walls::{self, Begun, Walls, WallsError};
 
 /// Requests that a worker is handed beyond those that it computes, so that it never waits for the next one.
 const REQUESTS_AHEAD: usize = 4;
@@ -103,7 +103,7 @@ pub struct Gate {
 ///
 /// # Errors
 /// `StartError` when something cannot be opened, a wall does not stand, or threads are running already.
-pub fn enclose(config: &Config) -> Result<Gate, StartError> {
+pub fn enclose(begun: Begun, config: &Config) -> Result<Gate, StartError> {
     let identity = walls::identity(config.user.as_deref())?;
     let (keys, outcome) = Keys::load(config.api_keys_file.clone())?;
     let listening = |source| StartError::Listen { address: config.listen, source };
@@ -115,7 +115,7 @@ pub fn enclose(config: &Config) -> Result<Gate, StartError> {
     let address = listener.local_addr().map_err(listening)?;
     paths::make_runtime_dir(&config.runtime_dir, &identity)?;
     let may_use_card = config.device != DeviceSetting::Cpu && config.worker_cuda.is_file();
-    let walls = walls::raise(&identity, &walls::writable(config.runtime_dir.clone(), may_use_card))?;
+    let walls = walls::raise(begun, &identity, &walls::writable(config.runtime_dir.clone(), may_use_card))?;
     let warnings = outcome.warning.into_iter().chain(walls.warnings().iter().cloned()).collect();
     Ok(Gate { listener, address, keys: Arc::new(keys), walls: Arc::new(walls), warnings })
 }

@@ -22,6 +22,8 @@ pub use files::Writable;
 /// One thing that this process has given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wall {
+    /// It holds no file that whoever started it had open.
+    ClosedDescriptors,
     /// It became an ordinary user and cannot become root again.
     User,
     /// Its memory is closed to other processes of its user, and no core is written.
@@ -39,6 +41,7 @@ impl Wall {
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
+            Wall::ClosedDescriptors => "closed-descriptors",
             Wall::User => "user",
             Wall::NotDumpable => "not-dumpable",
             Wall::NoCapabilities => "no-capabilities",
@@ -119,14 +122,18 @@ impl Walls {
     }
 }
 
+/// Proof that nothing was inherited and no memory is open.
+#[derive(Debug)]
+pub struct Begun(());
+
 /// Closes what was inherited, and the memory of this process to others. The first thing of all, before any file is opened
 /// and any secret read.
 ///
 /// # Errors
 /// `Refused` when the system refuses.
-pub fn begin() -> Result<(), WallsError> {
-    close_inherited().map_err(|error| refused(Wall::NotDumpable, error))?;
-    close_memory()
+pub fn begin() -> Result<Begun, WallsError> {
+    close_inherited().map_err(|error| refused(Wall::ClosedDescriptors, error))?;
+    close_memory().map(Begun)
 }
 
 /// Closes every descriptor but standard input, output and error.
@@ -198,12 +205,12 @@ pub fn identity(name: Option<&str>) -> Result<Identity, WallsError> {
 ///
 /// # Errors
 /// `Threads` and `Refused`; the process must end then.
-pub fn raise(identity: &Identity, writable: &Writable) -> Result<Walls, WallsError> {
+pub fn raise(_begun: Begun, identity: &Identity, writable: &Writable) -> Result<Walls, WallsError> {
     let threads = fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
     if threads != 1 {
         return Err(WallsError::Threads(threads));
     }
-    let mut walls = vec![Wall::NotDumpable, Wall::NoNewPrivileges];
+    let mut walls = vec![Wall::ClosedDescriptors, Wall::NotDumpable, Wall::NoNewPrivileges];
     let mut warnings = Vec::new();
     // Takes a capability, and so comes first; what follows holds also where it was not there.
     privileges::limit();
