@@ -139,6 +139,8 @@ impl Fleet {
                 None => "the model is being loaded".into(),
             }),
             State::Backoff => Health::Loading(format!("a worker will be started in a moment{}", last_end())),
+            // Before the first step of its life, it has not been stopped yet.
+            State::Stopped if status.incarnation == 0 => Health::Loading("a worker is starting".into()),
             State::Stopping | State::Stopped => Health::Unhealthy("the server is shutting down".into()),
             State::Exited | State::Fatal => Health::Unhealthy(status.last_end.clone().unwrap_or_default()),
         }
