@@ -4,6 +4,7 @@
 //! Refuses: to guess. A value that cannot be used is a fault, in whichever layer it stands, and all faults are reported
 //! at once. Invariant: a [`Config`] holds no value that still has to be checked, except against the outside world.
 
+pub(crate) mod access;
 mod layers;
 pub mod paths;
 mod value;
@@ -44,6 +45,14 @@ const fn key(name: &'static str, kind: Kind, default: &'static str, help: &'stat
 pub(crate) const KEYS: &[Key] = &[
     key("listen", Kind::Text, "127.0.0.1:8000", "address and port to serve HTTP on"),
     key("allow_unauthenticated", Kind::Flag, "false", "serve on an address other than loopback without API keys"),
+    key(
+        "api_keys_file",
+        Kind::Path,
+        "",
+        "API keys, a `name:key` or a key in each line [the systemd credential api-keys]",
+    ),
+    key("cors_origins", Kind::List, "", "web pages' origins that may call the API from a browser, or *"),
+    key("user", Kind::Text, "", "ordinary user to become, where bulkhead is started as root"),
     key("model", Kind::Path, "", "folder of the model to serve [the built-in demonstration model]"),
     key("model_id", Kind::Text, "", "name of the model in the API [the folder's name]"),
     key("aliases", Kind::List, "", "further names of the model in the API"),
@@ -96,6 +105,12 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 pub struct Config {
     /// Where to serve HTTP.
     pub listen: SocketAddr,
+    /// The API keys; without them anyone is served.
+    pub api_keys_file: Option<PathBuf>,
+    /// The origins of the web pages that may call the API, in the form that browsers send.
+    pub cors_origins: Vec<String>,
+    /// The ordinary user to become.
+    pub user: Option<String>,
     /// The model's folder.
     pub model: PathBuf,
     /// The model's name in the API.
@@ -291,19 +306,19 @@ pub fn load(matches: &clap::ArgMatches, environment: &Environment) -> Result<Loa
         return Err(ConfigError(faults));
     }
     let listing = settings.listing(&config);
-    Ok(Loaded { config, warnings: environment.unknown(), listing })
+    let warnings = environment.unknown().into_iter().chain(access::warning(&config)).collect();
+    Ok(Loaded { config, warnings, listing })
 }
 
 impl Settings {
     fn build(&self, environment: &Environment, faults: &mut Vec<Fault>) -> Config {
         let listen = self.check("listen", faults, || parse_listen(self.text("listen")), fallback_address());
-        if !listen.ip().is_loopback() && !self.flag("allow_unauthenticated") {
-            let reason = format!(
-                "{listen} is not a loopback address: anyone who reaches it could use the model; \
-                 serve on 127.0.0.1, or say --allow-unauthenticated"
-            );
+        let api_keys_file = self.path("api_keys_file").or_else(|| access::credential(environment));
+        if let Err(reason) = access::check_listen(listen, api_keys_file.is_some(), self.flag("allow_unauthenticated")) {
             faults.push(self.fault("listen", reason));
         }
+        let cors_origins =
+            self.check("cors_origins", faults, || access::origins(self.list("cors_origins")), Vec::new());
         let device = self.check("device", faults, || parse_device(self.text("device")), DeviceSetting::Auto);
         let memory = self.check("device_memory", faults, || parse_memory(self.text("device_memory")), Bytes(0));
         let kv_cache_type = if self.text("kv_cache_type") == "int8" { KvType::Int8 } else { KvType::Bf16 };
@@ -321,6 +336,9 @@ impl Settings {
         };
         Config {
             listen,
+            api_keys_file,
+            cors_origins,
+            user: Some(self.text("user").to_owned()).filter(|name| !name.is_empty()),
             model,
             model_id,
             aliases: self.list("aliases"),
@@ -384,7 +402,9 @@ impl Settings {
     }
 
     fn listing(&self, config: &Config) -> String {
+        let keys_file = config.api_keys_file.as_deref().unwrap_or(Path::new(""));
         let derived: BTreeMap<_, _> = [
+            ("api_keys_file", keys_file.display().to_string()),
             ("model", config.model.display().to_string()),
             ("model_id", config.model_id.clone()),
             ("worker", config.worker.display().to_string()),

@@ -4,17 +4,47 @@ use std::time::Duration;
 
 use bulkhead_shared::limits::{BODY_BYTES_MAX, DELTA_TEXT_BYTES_MAX};
 
-/// Open HTTP connections, at most; further ones wait in the kernel's backlog. Below the usual 1024 descriptors.
+/// Open HTTP connections, at most; for further ones those have to go that keep the server waiting. Below the usual 1024
+/// descriptors.
 pub(crate) const CONNECTIONS_MAX: usize = 512;
 
-/// Time for a client to send the head of a request.
+/// Bytes of the head of a request, at most: its line and its headers.
+pub(crate) const HEAD_BYTES_MAX: usize = 32 * 1024;
+
+/// Headers of a request, at most.
+pub(crate) const HEADERS_MAX: usize = 100;
+
+/// Time for a client to send the head of a request, and so also for which an idle connection stays open.
 pub(crate) const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time for a client to send the body of a request.
 pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Time in which a body has to grow by so many bytes, unless it ends.
+pub(crate) const BODY_WINDOW: Duration = Duration::from_secs(10);
+pub(crate) const BODY_WINDOW_BYTES: usize = 4 * 1024;
+
+/// Time for which a client may take nothing of what was sent to it: it is gone, or stands still.
+pub(crate) const STALL_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Bytes of one API key.
+pub(crate) const KEY_BYTES_MIN: usize = 16;
+pub(crate) const KEY_BYTES_MAX: usize = 256;
+
+/// Bytes of the name of an API key, at most.
+pub(crate) const KEY_NAME_BYTES_MAX: usize = 64;
+
+/// API keys, at most; each is compared with each that a client shows.
+pub(crate) const KEYS_MAX: usize = 1024;
+
+/// Bytes of the file with API keys, at most.
+pub(crate) const KEYS_FILE_BYTES_MAX: usize = 512 * 1024;
+
 /// Bytes of all bodies that are being read and checked, at most: bounds the memory of requests not yet admitted.
 pub(crate) const BODIES_BYTES_MAX: usize = 32 * BODY_BYTES_MAX;
+
+/// Bytes of the body of a client without a valid key which are read and thrown away, so that it gets to see the answer.
+pub(crate) const STRANGER_BYTES_MAX: usize = 64 * 1024;
 
 /// Bytes of a body that is too large which are read and thrown away, so that the client gets to see the answer.
 pub(crate) const DRAIN_BYTES_MAX: usize = 4 * BODY_BYTES_MAX;
@@ -103,6 +133,8 @@ pub(crate) const ADMIN_CONNECTIONS_MAX: usize = 16;
 
 const _: () = assert!(PROBE_TIMEOUT.as_millis() + MEMORY_WAIT_MAX.as_millis() < START_TIMEOUT.as_millis());
 const _: () = assert!(DRAIN_BYTES_MAX > BODY_BYTES_MAX);
+const _: () = assert!(KEYS_FILE_BYTES_MAX > KEYS_MAX * (KEY_NAME_BYTES_MAX + KEY_BYTES_MAX + 2));
+const _: () = assert!(BODY_WINDOW.as_millis() < BODY_TIMEOUT.as_millis());
 const _: () = assert!(ANSWER_BYTES_MAX > DELTA_TEXT_BYTES_MAX);
 const _: () = assert!(BACKOFF_MIN.as_millis() < BACKOFF_MAX.as_millis());
 const _: () = assert!(STDERR_LINE_BYTES_MAX < LOG_LINE_BYTES_MAX);

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use bulkhead_supervisor::config::{self, Environment, flags};
 use bulkhead_supervisor::logging;
 use bulkhead_supervisor::serve::{self, Ended};
+use bulkhead_supervisor::walls;
 use clap::{Arg, Command, value_parser};
 
 /// The configuration, or something that it names, cannot be used.
@@ -27,6 +28,10 @@ fn main() -> ExitCode {
         let arguments = matches.get_many::<OsString>(PLAN_ARGUMENTS).unwrap_or_default();
         return plan(&environment, arguments);
     }
+    let begun = match walls::begin() {
+        Ok(begun) => begun,
+        Err(error) => return refuse(&error.to_string()),
+    };
     let loaded = match config::load(matches, &environment) {
         Ok(loaded) => loaded,
         Err(error) => return refuse(&error.to_string()),
@@ -36,11 +41,16 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let recent = logging::start(loaded.config.log_format, &loaded.config.log_level);
+    // Before the first thread: each gets the walls of the one that starts it.
+    let gate = match serve::enclose(begun, &loaded.config) {
+        Ok(gate) => gate,
+        Err(error) => return refuse(&error.to_string()),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return refuse(&format!("cannot start threads: {error}")),
     };
-    let ended = runtime.block_on(serve::serve(loaded, recent));
+    let ended = runtime.block_on(serve::serve(loaded, recent, gate));
     runtime.shutdown_background();
     match ended {
         Ok(Ended::InOrder) => ExitCode::SUCCESS,

@@ -8,6 +8,7 @@ use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::WORKER_REQUESTS_MAX;
 use bulkhead_shared::message::{DeviceChoice, LoadPlan};
 use bulkhead_shared::units::Bytes;
+use nix::sys::socket::{Backlog, listen};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -23,16 +24,21 @@ use crate::config::paths::{self, PathError};
 use crate::config::{Config, DeviceSetting, Loaded};
 use crate::device::{Answer, Devices, Programs, Refused};
 use crate::fleet::{self, Fleet};
-use crate::http;
+use crate::http::{self, Door};
+use crate::keys::{Keys, KeysError};
 use crate::limits::{BACKOFF_MAX, BACKOFF_MIN, DEATHS_MAX, START_KILLS_MAX, START_TIMEOUT, STOP_TIMEOUT};
 use crate::logging::Recent;
 use crate::metrics::Metrics;
 use crate::queue::Bounds;
-use crate::shutdown::{Budget, Signals};
+use crate::shutdown::{Budget, Meaning, Signals};
 use crate::tickets::Tickets;
+use crate::walls::{self, Begun, Walls, WallsError};
 
 /// Requests that a worker is handed beyond those that it computes, so that it never waits for the next one.
 const REQUESTS_AHEAD: usize = 4;
+
+/// Connections that may wait to be accepted; the kernel may allow fewer.
+const LISTEN_QUEUE: i32 = 1024;
 
 /// Why the supervisor does not start.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +46,12 @@ pub enum StartError {
     /// A path of the configuration cannot be used.
     #[error(transparent)]
     Path(#[from] PathError),
+    /// The API keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    /// The supervisor's own walls do not stand.
+    #[error(transparent)]
+    Walls(#[from] WallsError),
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {}; choose another one with --listen", describe_listen(source))]
     Listen {
@@ -78,35 +90,74 @@ pub enum Ended {
     AtOnce,
 }
 
+/// What is opened with the rights that the supervisor was started with, before it gives them up.
+#[derive(Debug)]
+pub struct Gate {
+    listener: std::net::TcpListener,
+    address: SocketAddr,
+    keys: Arc<Keys>,
+    walls: Arc<Walls>,
+    warnings: Vec<String>,
+}
+
+/// Opens the gate and puts up the supervisor's walls, for good.
+///
+/// # Errors
+/// `StartError` when something cannot be opened, a wall does not stand, or threads are running already.
+pub fn enclose(begun: Begun, config: &Config) -> Result<Gate, StartError> {
+    let identity = walls::identity(config.user.as_deref())?;
+    let (keys, outcome) = Keys::load(config.api_keys_file.clone())?;
+    let listening = |source| StartError::Listen { address: config.listen, source };
+    let listener = std::net::TcpListener::bind(config.listen).map_err(listening)?;
+    listener.set_nonblocking(true).map_err(listening)?;
+    // The standard library asks for a short queue, in which a flood keeps out everyone else.
+    let queue = Backlog::new(LISTEN_QUEUE).unwrap_or(Backlog::MAXCONN);
+    listen(&listener, queue).map_err(|error| listening(error.into()))?;
+    let address = listener.local_addr().map_err(listening)?;
+    paths::make_runtime_dir(&config.runtime_dir, &identity)?;
+    let may_use_card = config.device != DeviceSetting::Cpu && config.worker_cuda.is_file();
+    let walls = walls::raise(begun, &identity, &walls::writable(config.runtime_dir.clone(), may_use_card))?;
+    let warnings = outcome.warning.into_iter().chain(walls.warnings().iter().cloned()).collect();
+    Ok(Gate { listener, address, keys: Arc::new(keys), walls: Arc::new(walls), warnings })
+}
+
 /// Runs the supervisor until a signal ends it. `recent` is what `bulkheadctl tail` shows.
 ///
 /// # Errors
 /// `StartError` when it cannot start; nothing is left behind then.
-pub async fn serve(loaded: Loaded, recent: Arc<Recent>) -> Result<Ended, StartError> {
-    let Loaded { config, warnings, .. } = loaded;
-    let doors = Doors::open(&config).await?;
+pub async fn serve(loaded: Loaded, recent: Arc<Recent>, gate: Gate) -> Result<Ended, StartError> {
+    let Loaded { config, mut warnings, .. } = loaded;
+    let doors = Doors::open(&config, gate).await?;
     let mut signals = Signals::new().map_err(|source| StartError::System { what: "take over signals", source })?;
     info!(address = %doors.address, model = config.model_id, folder = doors.model_dir, "bulkhead serves");
+    info!(user = doors.walls.user(), walls = ?doors.walls.walls(), "the supervisor's walls stand");
+    warnings.extend(doors.warnings.iter().cloned());
     warnings.iter().for_each(|warning| warn!("{warning}"));
     if matches!(config.sandbox, SandboxMode::Off | SandboxMode::Log) {
         let sandbox = config.sandbox.as_str();
         warn!(sandbox, "workers have no walls: a hostile model or prompt can reach whatever this user can");
     }
     let shutdown_timeout = config.shutdown_timeout;
-    let devices = doors.devices.clone();
+    let (devices, keys) = (doors.devices.clone(), doors.keys.clone());
     let running = Running::start(config, doors, recent);
 
-    let name = tokio::select! {
-        name = signals.next() => name,
-        refused = devices.refusal() => {
-            running.end(Budget::new(Duration::ZERO)).await;
-            return Err(refused.into());
+    let name = loop {
+        tokio::select! {
+            meaning = signals.next() => match meaning {
+                Meaning::End(name) => break name,
+                // What came of it is in the log.
+                Meaning::Reread => drop(keys.reload_and_log()),
+            },
+            refused = devices.refusal() => {
+                running.end(Budget::new(Duration::ZERO)).await;
+                return Err(refused.into());
+            }
         }
     };
     info!(signal = name, "shutting down: running requests may end, new ones are refused");
     let ended = tokio::select! {
         () = running.end(Budget::new(shutdown_timeout)) => Ended::InOrder,
-        name = signals.next() => {
+        name = signals.end() => {
             warn!(signal = name, "ending at once");
             Ended::AtOnce
         }
@@ -120,6 +171,9 @@ struct Doors {
     model_dir: String,
     listener: TcpListener,
     address: SocketAddr,
+    keys: Arc<Keys>,
+    walls: Arc<Walls>,
+    warnings: Vec<String>,
     admin: AdminSocket,
     devices: Devices,
     spawner: Spawner,
@@ -128,8 +182,8 @@ struct Doors {
 }
 
 impl Doors {
-    async fn open(config: &Config) -> Result<Doors, StartError> {
-        let listening = |source| StartError::Listen { address: config.listen, source };
+    async fn open(config: &Config, gate: Gate) -> Result<Doors, StartError> {
+        let Gate { listener, address, keys, walls, warnings } = gate;
         let model_dir = paths::check_model(&config.model)?;
         paths::check_worker(&config.worker)?;
         let (closing, is_closing) = watch::channel(false);
@@ -138,10 +192,8 @@ impl Doors {
         if let Answer::Refused(refused) = devices.now() {
             return Err(refused.into());
         }
-        let listener = TcpListener::bind(config.listen).await.map_err(listening)?;
-        let address = listener.local_addr().map_err(listening)?;
-        paths::make_runtime_dir(&config.runtime_dir)?;
-        let admin = admin::server::open(&config.runtime_dir)?;
+        let listener = TcpListener::from_std(listener);
+        let listener = listener.map_err(|source| StartError::Listen { address: config.listen, source })?;
         let startup = Startup {
             model_dir: model_dir.clone(),
             threads: config.threads,
@@ -151,7 +203,8 @@ impl Doors {
         };
         let spawner = Spawner::new(devices.clone(), config.device_memory, startup);
         let spawner = spawner.map_err(|source| StartError::System { what: "start a thread", source })?;
-        Ok(Doors { model_dir, listener, address, admin, devices, spawner, closing, is_closing })
+        let admin = admin::server::open(&config.runtime_dir)?;
+        Ok(Doors { model_dir, listener, address, keys, walls, warnings, admin, devices, spawner, closing, is_closing })
     }
 }
 
@@ -178,7 +231,10 @@ impl Running {
             fleet::Seen { sandbox: config.sandbox, status: child.status, controls: child.controls.clone(), metrics };
         let fleet = Fleet::new(config.model_id, config.aliases, doors.devices, seen, tickets.clone());
         let fleet = Arc::new(fleet);
-        let router = http::router(fleet.clone(), doors.address);
+        let (keys, walls) = (doors.keys, doors.walls);
+        let desk = Desk { fleet: fleet.clone(), recent, keys: keys.clone(), walls: walls.clone() };
+        let door = Door { listen: doors.address, keys, cors_origins: config.cors_origins, walls };
+        let router = http::router(fleet, door);
         let (admin_open, is_open) = mpsc::channel::<()>(1);
         Running {
             controls: child.controls,
@@ -186,7 +242,7 @@ impl Running {
             closing: doors.closing,
             http: tokio::spawn(http::server::serve(doors.listener, router, doors.is_closing)),
             admin_open,
-            admin: tokio::spawn(doors.admin.serve(Desk { fleet, recent }, is_open)),
+            admin: tokio::spawn(doors.admin.serve(desk, is_open)),
             tickets,
             _spawner: doors.spawner,
         }

@@ -92,6 +92,8 @@ pub fn print_status(status: &Value, names: &[String]) -> (String, Outcome) {
         text.push_str(&format!("{name}: ERROR (no such process)\n"));
     }
     if names.is_empty() {
+        let warnings = status["supervisor"]["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        warnings.for_each(|warning| text.push_str(&format!("{:<32} WARNING: {warning}\n", "supervisor")));
         let queue = &status["queue"];
         text.push_str(&format!("{:<32} {} running, {} waiting\n", "queue", queue["running"], queue["waiting"]));
     }

@@ -9,8 +9,10 @@ use crate::child::Control;
 use crate::child::lifecycle::State;
 use crate::fleet::Fleet;
 use crate::http;
+use crate::keys::Keys;
 use crate::limits::{ADMIN_ACTION_TIMEOUT, LOG_LINES_MAX};
 use crate::logging::Recent;
+use crate::walls::Walls;
 
 /// One request on the admin socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub enum Order {
         /// So many lines to begin with.
         lines: u64,
     },
+    /// Read anew what can be read anew: the API keys.
+    Reread,
     /// The version of this program.
     Version,
 }
@@ -60,6 +64,7 @@ pub fn read(line: &[u8]) -> Result<Order, String> {
             let is_followed = request["follow"].as_bool().unwrap_or(false);
             Ok(if is_followed { Order::Follow { lines } } else { Order::Tail { lines } })
         }
+        Some("reread") => Ok(Order::Reread),
         Some("version") => Ok(Order::Version),
         Some(other) => Err(format!("unknown command {other:?}")),
         None => Err("the request has no command".into()),
@@ -71,6 +76,8 @@ pub fn read(line: &[u8]) -> Result<Order, String> {
 pub(crate) struct Desk {
     pub(crate) fleet: Arc<Fleet>,
     pub(crate) recent: Arc<Recent>,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) walls: Arc<Walls>,
 }
 
 impl Desk {
@@ -87,6 +94,10 @@ impl Desk {
             Order::Tail { lines } | Order::Follow { lines } => {
                 Ok(json!({"lines": self.recent.since(self.recent.last(lines)).0}))
             }
+            Order::Reread => match self.keys.reload_and_log() {
+                Ok(outcome) => Ok(json!({"keys": outcome.keys, "warning": outcome.warning})),
+                Err(error) => Err(error.to_string()),
+            },
             Order::Version => Ok(json!({"version": env!("CARGO_PKG_VERSION")})),
         }
     }
@@ -94,7 +105,10 @@ impl Desk {
     fn status(&self) -> Value {
         let (running, waiting) = self.fleet.tickets.lengths();
         let queue = json!({"running": running, "waiting": waiting});
-        json!({"workers": [http::worker(&self.fleet)], "queue": queue, "pid": std::process::id()})
+        let workers = [http::worker(&self.fleet)];
+        json!({
+            "workers": workers, "queue": queue, "pid": std::process::id(), "supervisor": self.walls.describe(),
+        })
     }
 
     fn queue(&self) -> Value {
@@ -142,6 +156,7 @@ mod tests {
         for (line, expected) in [
             (r#"{"command": "status"}"#, Ok(Order::Status)),
             (r#"{"command": "restart", "more": 1}"#, Ok(Order::Control(Control::Restart))),
+            (r#"{"command": "reread"}"#, Ok(Order::Reread)),
             (r#"{"command": "cancel", "id": 7}"#, Ok(Order::Cancel { id: RequestId(7) })),
             (r#"{"command": "cancel", "id": -7}"#, Err("id must be a whole number")),
             (r#"{"command": "cancel"}"#, Err("id must be a whole number")),

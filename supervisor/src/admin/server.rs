@@ -17,6 +17,7 @@ use super::command::{self, Desk, Order};
 use super::{AdminError, LOCK, SOCKET};
 use crate::limits::{ADMIN_CONNECTIONS_MAX, ADMIN_LINE_BYTES_MAX, ADMIN_TIMEOUT};
 use crate::logging::Recent;
+use crate::unix;
 
 /// The open socket, with the lock that makes it ours.
 #[derive(Debug)]
@@ -51,6 +52,10 @@ pub fn open(folder: &Path) -> Result<AdminSocket, AdminError> {
     }
     let listener = UnixListener::bind(&path).map_err(unusable)?;
     fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(unusable)?;
+    // Accepted connections inherit it.
+    if !unix::refuse_descriptors(&listener) {
+        debug!("this kernel cannot refuse descriptors on a socket: those that come are closed unread");
+    }
     Ok(AdminSocket { listener, path, _lock: lock })
 }
 

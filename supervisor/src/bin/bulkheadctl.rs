@@ -65,6 +65,8 @@ enum Command {
         #[arg(short = 'n', long, default_value_t = 20)]
         lines: u64,
     },
+    /// Have the file with API keys read anew
+    Reread,
     /// Show the version of the running bulkhead
     Version,
 }
@@ -111,6 +113,12 @@ fn run(socket: &Path, command: Command, is_json: bool) -> Result<Outcome, Client
         Command::Tail { follow: false, lines } => {
             let answer = client::ask(socket, &json!({"command": "tail", "lines": lines}))?;
             let text = client::print_lines(&answer);
+            (answer, text, Outcome::Well)
+        }
+        Command::Reread => {
+            let answer = client::ask(socket, &json!({"command": "reread"}))?;
+            let warning = answer["warning"].as_str().map_or(String::new(), |warning| format!("WARNING: {warning}\n"));
+            let text = format!("{warning}{} API keys\n", answer["keys"]);
             (answer, text, Outcome::Well)
         }
         Command::Version => {

@@ -29,6 +29,7 @@ use crate::device::{Answer, Decision, Devices, Refused};
 use crate::limits::{STDERR_LINE_BYTES_MAX, STDERR_LINES_PER_SECOND_MAX};
 use crate::logging::printable;
 use crate::nvml::Sample;
+use crate::unix;
 
 /// Why a worker could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -189,6 +190,8 @@ fn judge(cause: Cause, sample: &Sample) -> Cause {
 
 fn spawn(decision: &Decision, startup: &Startup) -> Result<(Child, UnixStream), SpawnError> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(SpawnError::Link)?;
+    // Where the kernel cannot, it closes what comes along, since the link is read with plain reads.
+    let _ = unix::refuse_descriptors(&ours);
     ours.set_nonblocking(true).map_err(SpawnError::Link)?;
     let stream = UnixStream::from_std(ours).map_err(SpawnError::Link)?;
     let worker = &decision.program;

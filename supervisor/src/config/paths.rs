@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 
 use super::Environment;
+use crate::walls::Identity;
 
 /// The name of the built-in model in the API.
 pub const DEMO_MODEL_ID: &str = "bulkhead-demo";
@@ -105,11 +106,11 @@ pub fn check_worker(file: &Path) -> Result<(), PathError> {
     is_program.then_some(()).ok_or_else(|| PathError::NotExecutable(file.to_owned()))
 }
 
-/// Makes the folder of the admin socket, or checks that it is ours alone.
+/// Makes the folder of the admin socket, or checks that it is its owner's alone; `owner` is who this process will be.
 ///
 /// # Errors
 /// `RuntimeDir` when it cannot be made, is no folder, belongs to someone else, or is open to others.
-pub fn make_runtime_dir(folder: &Path) -> Result<(), PathError> {
+pub fn make_runtime_dir(folder: &Path, owner: &Identity) -> Result<(), PathError> {
     let refuse = |reason: String| Err(PathError::RuntimeDir { path: folder.to_owned(), reason });
     if let Some(parent) = folder.parent()
         && let Err(error) = fs::create_dir_all(parent)
@@ -117,15 +118,19 @@ pub fn make_runtime_dir(folder: &Path) -> Result<(), PathError> {
         return refuse(error.to_string());
     }
     match fs::DirBuilder::new().mode(0o700).create(folder) {
-        Ok(()) => {}
+        Ok(()) => {
+            if let Err(error) = lchown(folder, Some(owner.uid.as_raw()), Some(owner.gid.as_raw())) {
+                return refuse(error.to_string());
+            }
+        }
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return refuse(error.to_string()),
     }
     match fs::symlink_metadata(folder) {
         Err(error) => refuse(error.to_string()),
         Ok(metadata) if !metadata.is_dir() => refuse("it is not a folder".into()),
-        Ok(metadata) if metadata.uid() != nix::unistd::geteuid().as_raw() => {
-            refuse(format!("it belongs to user {}", metadata.uid()))
+        Ok(metadata) if metadata.uid() != owner.uid.as_raw() => {
+            refuse(format!("it belongs to user {} and not to {}", metadata.uid(), owner.name))
         }
         Ok(metadata) if metadata.mode() & 0o022 != 0 => {
             refuse(format!("others may write to it (mode {:o})", metadata.mode() & 0o777))

@@ -165,11 +165,13 @@ fn unknown_variables_are_warned_of() {
 fn a_runtime_folder_must_be_ours_alone() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let fresh = folder.path().join("a/b");
-    paths::make_runtime_dir(&fresh).expect("is made");
-    paths::make_runtime_dir(&fresh).expect("is taken again");
+    let ours = crate::walls::identity(None).expect("nobody else");
+    let make = |folder: &Path| paths::make_runtime_dir(folder, &ours);
+    make(&fresh).expect("is made");
+    make(&fresh).expect("is taken again");
     std::fs::set_permissions(&fresh, std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("is opened");
-    assert!(matches!(paths::make_runtime_dir(&fresh), Err(paths::PathError::RuntimeDir { .. })));
+    assert!(matches!(make(&fresh), Err(paths::PathError::RuntimeDir { .. })));
     let file = folder.path().join("file");
     std::fs::write(&file, "").expect("is written");
-    assert!(matches!(paths::make_runtime_dir(&file), Err(paths::PathError::RuntimeDir { .. })));
+    assert!(matches!(make(&file), Err(paths::PathError::RuntimeDir { .. })));
 }

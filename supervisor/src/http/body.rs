@@ -6,9 +6,10 @@ use axum::body::{Body, Bytes};
 use bulkhead_shared::limits::BODY_BYTES_MAX;
 use http_body_util::BodyExt;
 use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::Instant;
 
 use super::error::ApiError;
-use crate::limits::{BODY_TIMEOUT, DRAIN_BYTES_MAX};
+use crate::limits::{BODY_TIMEOUT, BODY_WINDOW, BODY_WINDOW_BYTES, DRAIN_BYTES_MAX};
 
 /// A body and its share of the bytes of all bodies.
 #[derive(Debug)]
@@ -22,7 +23,7 @@ pub(super) async fn read(budget: &Semaphore, mut body: Body) -> Result<Read<'_>,
     let read = tokio::time::timeout(BODY_TIMEOUT, collect(budget, &mut body)).await;
     match read.unwrap_or(Err(ApiError::BodyTimeout)) {
         Err(ApiError::BodyTooLarge) => {
-            drain(body).await;
+            drain(body, DRAIN_BYTES_MAX).await;
             Err(ApiError::BodyTooLarge)
         }
         other => other,
@@ -32,8 +33,17 @@ pub(super) async fn read(budget: &Semaphore, mut body: Body) -> Result<Read<'_>,
 async fn collect<'a>(budget: &'a Semaphore, body: &mut Body) -> Result<Read<'a>, ApiError> {
     let mut share: Option<SemaphorePermit<'a>> = None;
     let mut bytes = Vec::new();
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| ApiError::BodyBroken)?;
+    let (mut deadline, mut due) = (Instant::now() + BODY_WINDOW, BODY_WINDOW_BYTES);
+    loop {
+        let frame = match tokio::time::timeout_at(deadline, body.frame()).await {
+            Ok(Some(frame)) => frame.map_err(|_| ApiError::BodyBroken)?,
+            Ok(None) => break,
+            Err(_) if bytes.len() >= due => {
+                (deadline, due) = (Instant::now() + BODY_WINDOW, bytes.len() + BODY_WINDOW_BYTES);
+                continue;
+            }
+            Err(_) => return Err(ApiError::BodyTimeout),
+        };
         let Ok(data) = frame.into_data() else { continue };
         if bytes.len() + data.len() > BODY_BYTES_MAX {
             return Err(ApiError::BodyTooLarge);
@@ -50,9 +60,9 @@ async fn collect<'a>(budget: &'a Semaphore, body: &mut Body) -> Result<Read<'a>,
 }
 
 /// Reads on for a while and throws away: a client that is still sending would lose the answer with the connection.
-async fn drain(mut body: Body) {
+pub(super) async fn drain(mut body: Body, bytes_max: usize) {
     const TIME: Duration = Duration::from_secs(5);
-    let mut left = DRAIN_BYTES_MAX;
+    let mut left = bytes_max;
     let read = async {
         while let Some(Ok(frame)) = body.frame().await {
             left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));

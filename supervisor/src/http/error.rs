@@ -38,6 +38,12 @@ pub(crate) enum ApiError {
     NoSuchMethod { method: Method, path: String },
     #[error("host {host:?} is not served here: use localhost, a loopback address or the address listened on")]
     Host { host: String },
+    #[error("this server needs an API key: send it as `Authorization: Bearer KEY`")]
+    NoKey,
+    #[error("the API key is not valid here")]
+    WrongKey,
+    #[error("web pages of the origin {origin:?} may not do this: its owner can allow it with cors_origins")]
+    Origin { origin: String },
     #[error("{}", describe_end(.0))]
     Ended(End),
 }
@@ -95,6 +101,8 @@ impl ApiError {
                 Shape::client(StatusCode::METHOD_NOT_ALLOWED, Some("method_not_supported"))
             }
             ApiError::Host { .. } => Shape::client(StatusCode::FORBIDDEN, Some("host_not_allowed")),
+            ApiError::NoKey | ApiError::WrongKey => Shape::client(StatusCode::UNAUTHORIZED, Some("invalid_api_key")),
+            ApiError::Origin { .. } => Shape::client(StatusCode::FORBIDDEN, Some("origin_not_allowed")),
             ApiError::Ended(end) => end_shape(end),
         }
     }
@@ -120,6 +128,9 @@ impl IntoResponse for ApiError {
         if matches!(self, ApiError::Ended(End::Quarantined(_) | End::Failed(Failure::Cancelled))) {
             // OpenAI's clients send again what was answered with a 5xx, unless they are told not to.
             response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
+        if matches!(self, ApiError::NoKey | ApiError::WrongKey) {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         if matches!(self, ApiError::BodyTooLarge | ApiError::BodyTimeout | ApiError::BodyBroken) {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));

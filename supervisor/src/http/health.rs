@@ -38,6 +38,7 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
         "gpu_memory_total": total.gib(),
         "queue": {"running": running, "waiting": waiting},
         "workers": [worker],
+        "supervisor": app.door.walls.describe(),
     });
     if let Some(reason) = reason {
         body["reason"] = reason.into();

@@ -3,10 +3,14 @@
 //! Owns: paths, bodies, headers, what an answer looks like. Refuses: to judge parameters (`request`), to order requests
 //! (`queue`), to know workers (`child`). Invariants: every answer that is not a success is OpenAI's error object; every
 //! answer carries `x-request-id`; on a loopback address the `Host` header is checked, so that no web page can reach the
-//! service under a name of its own (DNS rebinding).
+//! service under a name of its own (DNS rebinding); where there are API keys, nothing but `/health` and what is below it
+//! answers without one, and nothing of a body is kept before; no address that a client names is ever opened.
 
 mod answer;
+mod auth;
 mod body;
+mod connections;
+mod cors;
 mod error;
 mod health;
 mod host;
@@ -29,10 +33,14 @@ use tokio::sync::Semaphore;
 use tracing::debug;
 
 use crate::fleet::Fleet;
-use crate::limits::BODIES_BYTES_MAX;
+use crate::keys::Keys;
+use crate::limits::{BODIES_BYTES_MAX, STRANGER_BYTES_MAX};
 use crate::queue::Client;
 use crate::random;
 use crate::request::{self, Admission, Delivery, RequestError};
+use crate::walls::Walls;
+use auth::KeyName;
+use connections::{Stage, Waits};
 use error::{ApiError, REQUEST_ID};
 pub(crate) use health::worker;
 use wire::{Form, Head};
@@ -41,14 +49,27 @@ use wire::{Form, Head};
 #[derive(Debug)]
 pub(crate) struct App {
     fleet: Arc<Fleet>,
-    listen: SocketAddr,
+    door: Door,
     /// Bytes of bodies that may still be read.
     body_bytes: Semaphore,
 }
 
+/// Who is let in, and behind which walls.
+#[derive(Debug)]
+pub struct Door {
+    /// The address listened on.
+    pub listen: SocketAddr,
+    /// The keys of those who may come in.
+    pub keys: Arc<Keys>,
+    /// The origins of the web pages that may.
+    pub cors_origins: Vec<String>,
+    /// The supervisor's own walls.
+    pub walls: Arc<Walls>,
+}
+
 /// Makes the service.
-pub fn router(fleet: Arc<Fleet>, listen: SocketAddr) -> Router {
-    let app = Arc::new(App { fleet, listen, body_bytes: Semaphore::new(BODIES_BYTES_MAX) });
+pub fn router(fleet: Arc<Fleet>, door: Door) -> Router {
+    let app = Arc::new(App { fleet, door, body_bytes: Semaphore::new(BODIES_BYTES_MAX) });
     Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completion))
@@ -68,21 +89,45 @@ pub fn router(fleet: Arc<Fleet>, listen: SocketAddr) -> Router {
 #[derive(Clone, Debug)]
 struct Name(String);
 
-/// Checks the host and names the request.
+/// Checks who sends a request, and names it.
 async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let id = random::id("req_");
     request.extensions_mut().insert(Name(id.clone()));
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let mut response = match host::check(app.listen, &request) {
-        Ok(()) => next.run(request).await,
-        Err(error) => error.into_response(),
+    let origins = &app.door.cors_origins;
+    let origin = cors::allowed_origin(origins, &request);
+    let (mut response, key) = match admit(&app.door, &request, origin.as_ref()) {
+        Ok(_) if cors::is_preflight(&request, origin.as_ref()) => (cors::preflight(&request), None),
+        Ok(key) => {
+            key.iter().for_each(|key| drop(request.extensions_mut().insert(key.clone())));
+            (next.run(request).await, key)
+        }
+        Err(error) => {
+            // A client that is still sending would lose the answer with the connection.
+            request.extensions().get::<Stage>().iter().for_each(|stage| stage.set(Waits::Body));
+            body::drain(request.into_body(), STRANGER_BYTES_MAX).await;
+            (error.into_response(), None)
+        }
     };
+    cors::open(origins, origin, response.headers_mut());
+    let status = response.status().as_u16();
     // The path is the client's text, but never a prompt's: those travel in bodies.
-    debug!(http_request = id, %method, path = ?path, status = response.status().as_u16(), "answered");
+    debug!(http_request = id, %method, path = ?path, key = key.as_ref().map(|key| &*key.0), status, "answered");
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
     response
+}
+
+/// Decides whether a request is looked at: by the host that it names, the web page that it comes from, and its key.
+fn admit(door: &Door, request: &Request, origin: Option<&HeaderValue>) -> Result<Option<KeyName>, ApiError> {
+    host::check(door.listen, request)?;
+    cors::check(request, origin, door.keys.are_needed())?;
+    // What a browser asks before it sends the request has no key yet.
+    match cors::is_preflight(request, origin) {
+        true => Ok(None),
+        false => auth::check(&door.keys, request),
+    }
 }
 
 async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
@@ -98,7 +143,10 @@ type Check = fn(&[u8], Admission) -> Result<request::Request, RequestError>;
 async fn generate(app: &App, http: Request, form: Form, check: Check) -> Result<Response, ApiError> {
     let client = client(&http);
     let name = http.extensions().get::<Name>().cloned();
+    let stage = http.extensions().get::<Stage>().cloned();
+    stage.iter().for_each(|stage| stage.set(Waits::Body));
     let body = body::read(&app.body_bytes, http.into_body()).await?;
+    stage.iter().for_each(|stage| stage.set(Waits::Nothing));
     let admission = Admission { date: time::OffsetDateTime::now_utc().date().to_string(), seed: random::bits() };
     let request = check(&body.bytes, admission)?;
     let model = app.fleet.find(request.model.as_deref())?;
@@ -113,8 +161,12 @@ async fn generate(app: &App, http: Request, form: Form, check: Check) -> Result<
     }
 }
 
-/// Tells clients apart, so that they can take turns: by their key, where they have one, which is not kept.
+/// Tells clients apart, so that they can take turns: by the name of their key, or where none is needed by whatever they
+/// show, which is not kept.
 fn client(http: &Request) -> Client {
+    if let Some(KeyName(name)) = http.extensions().get() {
+        return Client(random::hash(name.as_bytes()));
+    }
     Client(http.headers().get(header::AUTHORIZATION).map_or(0, |key| random::hash(key.as_bytes())))
 }
 
