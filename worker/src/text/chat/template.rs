@@ -6,7 +6,8 @@
 //!
 //! Two things are not paid for in minijinja 3.1, and only a template can do them, never a message: a list that is nested a
 //! hundred thousand levels deep overflows the stack, which ends this worker and sets the request aside; and one that is
-//! added to itself more than thirty times is walked, and copied, for longer than anyone waits, on the thread that renders.
+//! added to itself more than thirty times is walked, and copied, until the worker holds more memory than its plan allows, for
+//! which the supervisor ends it and sets the request aside likewise.
 //!
 //! Source: transformers 5, `utils/chat_template_utils.py` (`_compile_jinja_template`, `render_jinja_template`).
 
