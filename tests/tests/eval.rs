@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_tests::oracle::{self, Ask, evaluate};
-use bulkhead_worker::eval::{self, DecoderPath, EvalArgs, EvalError, ValueType, WeightChoice};
+use bulkhead_worker::eval::{self, DecoderPath, EvalArgs, EvalError, Task, ValueType, WeightChoice};
 use bulkhead_worker::prepare::Prepared;
 use bulkhead_worker::sandbox::Sandboxed;
 
 /// Runs the command in this process, which has no walls.
 #[expect(clippy::result_large_err, reason = "it is the command's own error")]
 fn run(args: &EvalArgs) -> Result<(), EvalError> {
-    eval::run(&Sandboxed::without_walls(), Prepared::start(args.device, args.cpu, 0)?, args)
+    eval::run(&Sandboxed::without_walls(), Prepared::start(args.device, args.cpu, 0)?, args, &mut std::io::sink())
 }
 
 struct Case {
@@ -27,8 +27,8 @@ impl Case {
         std::fs::write(&path, input)?;
         let args = EvalArgs {
             model: oracle::model("gptoss_window_edges"),
-            input: path,
-            output: folder.path().join("out.safetensors"),
+            task: Task { input: Some(path), output: Some(folder.path().join("out.safetensors")), perplexity: None },
+            window: 2048,
             quant: WeightChoice::File,
             dtype: ValueType::F32,
             decoder_path: DecoderPath::Reference,
@@ -51,7 +51,8 @@ fn refused(args: &EvalArgs, words: &[&str]) -> EvalError {
     for words in words {
         assert!(text.contains(words), "{words:?} is not in {text:?}");
     }
-    assert!(!args.output.is_file(), "nothing is written on an error");
+    let output = args.task.output.as_deref();
+    assert!(!output.is_some_and(Path::is_file), "nothing is written on an error");
     error
 }
 
@@ -65,8 +66,8 @@ fn inputs_that_are_none() -> Result<()> {
     assert!(matches!(refused(&case.args, &["in.json", "empty"]), EvalError::NoTokens { .. }));
     let mut case = Case::new(r#"{"input_ids":[447]}"#)?;
     run(&case.args)?;
-    std::fs::remove_file(&case.args.output)?;
-    case.args.input = case.path("nowhere.json");
+    std::fs::remove_file(case.path("out.safetensors"))?;
+    case.args.task.input = Some(case.path("nowhere.json"));
     assert!(matches!(refused(&case.args, &["nowhere.json"]), EvalError::Checkpoint(_)));
     let case = Case::new(r#"{"input_ids":[1,448]}"#)?;
     let error = refused(&case.args, &["in.json", "token id 448 at index 1", "448"]);
@@ -89,7 +90,7 @@ fn more_tokens_than_the_limit() -> Result<()> {
 fn outputs_that_cannot_be_written() -> Result<()> {
     let mut case = Case::new(r#"{"input_ids":[1]}"#)?;
     for output in [case.path("nowhere").join("out.safetensors"), case.folder.path().to_owned()] {
-        case.args.output = output;
+        case.args.task.output = Some(output);
         assert!(matches!(refused(&case.args, &["cannot be written"]), EvalError::Output { .. }));
     }
     Ok(())

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bulkhead_shared::exit::WorkerExit;
-use bulkhead_shared::message::{DeviceChoice, Facts, KvType, LoadPlan};
+#[cfg(feature = "cuda")]
+use bulkhead_shared::message::{DeviceChoice, KvType};
+use bulkhead_shared::message::{Facts, LoadPlan};
 use bulkhead_shared::units::Bytes;
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
