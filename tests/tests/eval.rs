@@ -134,3 +134,46 @@ fn a_prompt_of_thousands_of_tokens() -> Result<()> {
     assert!(error < 1e-5, "{error}");
     Ok(())
 }
+
+#[test]
+fn texts_that_cannot_be_foreseen() -> Result<()> {
+    let mut case = Case::new(r#"{"input_ids":[1]}"#)?;
+    let input = case.args.task.input.take();
+    case.args.task = Task { perplexity: input, ..Task::default() };
+    assert!(matches!(refused(&case.args, &["in.json", "at least two"]), EvalError::TooFewTokens { tokens: 1, .. }));
+    std::fs::write(case.path("in.json"), r#"{"input_ids":[1,448]}"#)?;
+    assert!(matches!(refused(&case.args, &["token id 448"]), EvalError::NotInVocabulary { .. }));
+    std::fs::write(case.path("text.txt"), [0xff, 0xfe, 0x41])?;
+    case.args.task.perplexity = Some(case.path("text.txt"));
+    assert!(matches!(refused(&case.args, &["text.txt", "UTF-8"]), EvalError::NotText { .. }));
+    case.args.greedy = 3;
+    assert!(matches!(refused(&case.args, &["--greedy"]), EvalError::GreedyWithoutPrompt));
+    case.args.task = Task::default();
+    assert!(matches!(refused(&case.args, &["--perplexity"]), EvalError::NoTask));
+    Ok(())
+}
+
+#[test]
+fn perplexity_follows_from_the_logits() -> Result<()> {
+    let tokens: Vec<i64> = (0..300).map(|i| i * 7 % 440).collect();
+    let (model, ask) = (oracle::model("gptoss_window_edges"), Ask::reference(WeightChoice::File));
+    let (mut sum, mut count) = (0.0, 0);
+    for window in tokens.chunks(200) {
+        let found = evaluate(&model, window, ask)?;
+        for (logits, next) in found.logits.iter().zip(&window[1..]) {
+            let powers: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+            sum += powers.ln() - f64::from(logits[usize::try_from(*next)?]);
+            count += 1;
+        }
+    }
+    let case = Case::new(&serde_json::json!({ "input_ids": tokens }).to_string())?;
+    for decoder_path in [DecoderPath::Reference, DecoderPath::Fast] {
+        let ask = Ask { decoder_path, cpu: CpuChoice::Scalar, ..ask };
+        let found = oracle::foreseen(&model, &case.path("in.json"), 200, ask)?;
+        assert_eq!(found.tokens, count);
+        // The served decoder keeps keys and values in bf16, which has eight bits.
+        let expected = sum / count as f64;
+        assert!((found.mean() / expected - 1.0).abs() < 2e-3, "{decoder_path:?}: {} and {expected}", found.mean());
+    }
+    Ok(())
+}

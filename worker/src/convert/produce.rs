@@ -35,14 +35,15 @@ struct Quantized {
     norm: f64,
 }
 
-/// What is needed of a block until the scales of its matrix are known. With the final scale s + d the squared error of the
-/// block is `square + 2 d slope + d^2 energy`.
+/// What is needed of a block until the scales of its matrix are known. With s = `absmax` and the final scale s + d, the squared
+/// error of the block is `s^2 square + 2 s d slope + d^2 energy`. The sums are of weights over s, so that neither tiny nor huge
+/// ones leave the range of f32.
 #[derive(Clone, Copy)]
 struct Block {
     absmax: f32,
-    /// Sum of (code * s - weight)^2.
+    /// Sum of (code - weight / s)^2.
     square: f32,
-    /// Sum of code * (code * s - weight).
+    /// Sum of code * (code - weight / s).
     slope: f32,
     /// Sum of code^2.
     energy: f32,
@@ -50,9 +51,9 @@ struct Block {
 
 impl Block {
     fn error(&self, restored: f32) -> f64 {
-        let change = f64::from(restored) - f64::from(self.absmax);
-        let [square, slope, energy] = [self.square, self.slope, self.energy].map(f64::from);
-        (square + 2.0 * change * slope + change * change * energy).max(0.0)
+        let [scale, square, slope, energy] = [self.absmax, self.square, self.slope, self.energy].map(f64::from);
+        let change = f64::from(restored) - scale;
+        (scale * scale * square + 2.0 * scale * change * slope + change * change * energy).max(0.0)
     }
 }
 
@@ -196,7 +197,7 @@ fn quantize_one(block: &[f32], codes: &mut Vec<u8>) -> Block {
     for (pair, byte) in block.chunks(2).zip(&codes[start..]) {
         for (weight, code) in pair.iter().zip([byte >> 4, byte & 15]) {
             let value = TABLE[usize::from(code)];
-            let difference = value * absmax - weight;
+            let difference = if absmax > 0.0 { value - weight / absmax } else { value };
             sums.square += difference * difference;
             sums.slope += value * difference;
             sums.energy += value * value;
