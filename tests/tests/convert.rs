@@ -15,6 +15,7 @@ use bulkhead_tests::server::binary;
 use bulkhead_tests::synth::{Format, Order, synthesize};
 use bulkhead_worker::checkpoint::{Checkpoint, CheckpointError};
 use bulkhead_worker::convert::{self, ConvertArgs, ConvertError, Head, MANIFEST_FILE, Manifest, Quant};
+use bulkhead_worker::eval::WeightChoice;
 use bulkhead_worker::model::config::Config;
 use bulkhead_worker::model::weights::{Quantize, Weights, load};
 use bulkhead_worker::quant::{Matrix, Scales};
@@ -403,5 +404,50 @@ fn memory_does_not_grow_with_the_model() -> Result<()> {
     assert!(peak_kib > 0, "it was seen running");
     assert!(bytes as u64 > 100 << 20, "the source is large beside what a conversion holds: {bytes}");
     assert!(peak_kib << 10 < 90 << 20, "slices of two threads, and the program: {peak_kib} KiB");
+    Ok(())
+}
+
+/// Prints the logits of a prompt by transformers with bitsandbytes, or why it cannot.
+const TRANSFORMERS: &str = r#"
+import json, sys
+try:
+    import bitsandbytes, torch, transformers
+except ImportError as error:
+    print(json.dumps({"skipped": str(error)}))
+    sys.exit()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="cpu")
+linear = model.model.layers[0].self_attn.q_proj
+assert isinstance(linear, bitsandbytes.nn.Linear4bit), type(linear)
+with torch.no_grad():
+    logits = model(torch.tensor([json.loads(sys.argv[2])])).logits[0].float()
+print(json.dumps({"logits": logits.tolist()}))
+"#;
+
+#[test]
+fn transformers_loads_a_dense_model() -> Result<()> {
+    let target = tempfile::tempdir()?;
+    run(&args(&oracle::model("llama3_untied_sharded"), target.path(), Quant::Nf4))?;
+    let tokens: Vec<i64> = (3..40).collect();
+    let prompt = json!(tokens).to_string();
+    let python = Command::new("python3").args(["-c", TRANSFORMERS]).arg(target.path()).arg(prompt).output();
+    let output = match python {
+        Ok(output) => output,
+        Err(error) => {
+            println!("skipped: no python3: {error}");
+            return Ok(());
+        }
+    };
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout)?;
+    let answer: Value = serde_json::from_str(text.lines().last().context("an answer")?)?;
+    if let Some(reason) = answer["skipped"].as_str() {
+        println!("skipped: transformers with bitsandbytes is not there: {reason}");
+        return Ok(());
+    }
+    let expected: Vec<Vec<f32>> = serde_json::from_value(answer["logits"].clone())?;
+    let found = oracle::evaluate(target.path(), &tokens, oracle::Ask::reference(WeightChoice::File))?;
+    let error = oracle::relative_error(&found.logits, &expected);
+    // They round to bf16, which has eight bits, after every operation.
+    assert!(error < 0.03, "{error}");
     Ok(())
 }
