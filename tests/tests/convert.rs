@@ -30,7 +30,6 @@ fn args(from: &Path, to: &Path, quant: Quant) -> ConvertArgs {
 }
 
 /// Runs the command in this process, which has no walls.
-#[expect(clippy::result_large_err, reason = "it is the command's own error")]
 fn run(args: &ConvertArgs) -> Result<(), ConvertError> {
     let (_, begun) = convert::begin(args, SandboxMode::Off)?;
     convert::run(&Sandboxed::without_walls(), begun, args, &mut std::io::sink())
