@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use bulkhead_shared::message::{CpuChoice, DeviceChoice};
-use bulkhead_worker::eval::{DecoderPath, EvalArgs, ValueType, WeightChoice, run};
+use bulkhead_worker::eval::perplexity::Surprise;
+use bulkhead_worker::eval::{DecoderPath, EvalArgs, Task, ValueType, WeightChoice, foresee, run};
 use bulkhead_worker::prepare::Prepared;
 use bulkhead_worker::sandbox::Sandboxed;
 use serde_json::Value;
@@ -74,11 +75,24 @@ pub fn evaluate(model: &Path, tokens: &[i64], ask: Ask) -> Result<Evaluated> {
     std::fs::write(&input, serde_json::json!({ "input_ids": tokens }).to_string())?;
     let Ask { quant, dtype, decoder_path, cpu, greedy } = ask;
     let (model, device) = (model.to_owned(), DeviceChoice::Cpu);
-    let args = EvalArgs { model, input, output: output.clone(), quant, dtype, decoder_path, device, cpu, greedy };
-    run(&Sandboxed::without_walls(), Prepared::start(device, cpu, 0)?, &args)?;
+    let task = Task { input: Some(input), output: Some(output.clone()), perplexity: None };
+    let args = EvalArgs { model, task, window: 2048, quant, dtype, decoder_path, device, cpu, greedy };
+    run(&Sandboxed::without_walls(), Prepared::start(device, cpu, 0)?, &args, &mut std::io::sink())?;
     let tensors = Tensors::read(&output)?;
     let greedy = if greedy == 0 { Vec::new() } else { tensors.integers("greedy")? };
     Ok(Evaluated { logits: tensors.rows("logits")?, greedy })
+}
+
+/// Measures how a model foresees a text.
+///
+/// # Errors
+/// What `eval` reports.
+pub fn foreseen(model: &Path, text: &Path, window: u32, ask: Ask) -> Result<Surprise> {
+    let Ask { quant, dtype, decoder_path, cpu, greedy } = ask;
+    let (model, device) = (model.to_owned(), DeviceChoice::Cpu);
+    let task = Task { perplexity: Some(text.to_owned()), ..Task::default() };
+    let args = EvalArgs { model, task, window, quant, dtype, decoder_path, device, cpu, greedy };
+    Ok(foresee(Prepared::start(device, cpu, 0)?, &args, text)?)
 }
 
 /// Gives |found - expected| / |expected| over all rows.

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_tests::oracle::{self, Ask, evaluate};
-use bulkhead_worker::eval::{self, DecoderPath, EvalArgs, EvalError, ValueType, WeightChoice};
+use bulkhead_worker::eval::{self, DecoderPath, EvalArgs, EvalError, Task, ValueType, WeightChoice};
 use bulkhead_worker::prepare::Prepared;
 use bulkhead_worker::sandbox::Sandboxed;
 
 /// Runs the command in this process, which has no walls.
 #[expect(clippy::result_large_err, reason = "it is the command's own error")]
 fn run(args: &EvalArgs) -> Result<(), EvalError> {
-    eval::run(&Sandboxed::without_walls(), Prepared::start(args.device, args.cpu, 0)?, args)
+    eval::run(&Sandboxed::without_walls(), Prepared::start(args.device, args.cpu, 0)?, args, &mut std::io::sink())
 }
 
 struct Case {
@@ -27,8 +27,8 @@ impl Case {
         std::fs::write(&path, input)?;
         let args = EvalArgs {
             model: oracle::model("gptoss_window_edges"),
-            input: path,
-            output: folder.path().join("out.safetensors"),
+            task: Task { input: Some(path), output: Some(folder.path().join("out.safetensors")), perplexity: None },
+            window: 2048,
             quant: WeightChoice::File,
             dtype: ValueType::F32,
             decoder_path: DecoderPath::Reference,
@@ -51,7 +51,8 @@ fn refused(args: &EvalArgs, words: &[&str]) -> EvalError {
     for words in words {
         assert!(text.contains(words), "{words:?} is not in {text:?}");
     }
-    assert!(!args.output.is_file(), "nothing is written on an error");
+    let output = args.task.output.as_deref();
+    assert!(!output.is_some_and(Path::is_file), "nothing is written on an error");
     error
 }
 
@@ -65,8 +66,8 @@ fn inputs_that_are_none() -> Result<()> {
     assert!(matches!(refused(&case.args, &["in.json", "empty"]), EvalError::NoTokens { .. }));
     let mut case = Case::new(r#"{"input_ids":[447]}"#)?;
     run(&case.args)?;
-    std::fs::remove_file(&case.args.output)?;
-    case.args.input = case.path("nowhere.json");
+    std::fs::remove_file(case.path("out.safetensors"))?;
+    case.args.task.input = Some(case.path("nowhere.json"));
     assert!(matches!(refused(&case.args, &["nowhere.json"]), EvalError::Checkpoint(_)));
     let case = Case::new(r#"{"input_ids":[1,448]}"#)?;
     let error = refused(&case.args, &["in.json", "token id 448 at index 1", "448"]);
@@ -89,7 +90,7 @@ fn more_tokens_than_the_limit() -> Result<()> {
 fn outputs_that_cannot_be_written() -> Result<()> {
     let mut case = Case::new(r#"{"input_ids":[1]}"#)?;
     for output in [case.path("nowhere").join("out.safetensors"), case.folder.path().to_owned()] {
-        case.args.output = output;
+        case.args.task.output = Some(output);
         assert!(matches!(refused(&case.args, &["cannot be written"]), EvalError::Output { .. }));
     }
     Ok(())
@@ -131,5 +132,48 @@ fn a_prompt_of_thousands_of_tokens() -> Result<()> {
     let start = evaluate(&oracle::model("gptoss_long"), &tokens[..300], Ask::reference(WeightChoice::File))?;
     let error = oracle::relative_error(&found.logits[..300], &start.logits);
     assert!(error < 1e-5, "{error}");
+    Ok(())
+}
+
+#[test]
+fn texts_that_cannot_be_foreseen() -> Result<()> {
+    let mut case = Case::new(r#"{"input_ids":[1]}"#)?;
+    let input = case.args.task.input.take();
+    case.args.task = Task { perplexity: input, ..Task::default() };
+    assert!(matches!(refused(&case.args, &["in.json", "at least two"]), EvalError::TooFewTokens { tokens: 1, .. }));
+    std::fs::write(case.path("in.json"), r#"{"input_ids":[1,448]}"#)?;
+    assert!(matches!(refused(&case.args, &["token id 448"]), EvalError::NotInVocabulary { .. }));
+    std::fs::write(case.path("text.txt"), [0xff, 0xfe, 0x41])?;
+    case.args.task.perplexity = Some(case.path("text.txt"));
+    assert!(matches!(refused(&case.args, &["text.txt", "UTF-8"]), EvalError::NotText { .. }));
+    case.args.greedy = 3;
+    assert!(matches!(refused(&case.args, &["--greedy"]), EvalError::GreedyWithoutPrompt));
+    case.args.task = Task::default();
+    assert!(matches!(refused(&case.args, &["--perplexity"]), EvalError::NoTask));
+    Ok(())
+}
+
+#[test]
+fn perplexity_follows_from_the_logits() -> Result<()> {
+    let tokens: Vec<i64> = (0..300).map(|i| i * 7 % 440).collect();
+    let (model, ask) = (oracle::model("gptoss_window_edges"), Ask::reference(WeightChoice::File));
+    let (mut sum, mut count) = (0.0, 0);
+    for window in tokens.chunks(200) {
+        let found = evaluate(&model, window, ask)?;
+        for (logits, next) in found.logits.iter().zip(&window[1..]) {
+            let powers: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+            sum += powers.ln() - f64::from(logits[usize::try_from(*next)?]);
+            count += 1;
+        }
+    }
+    let case = Case::new(&serde_json::json!({ "input_ids": tokens }).to_string())?;
+    for decoder_path in [DecoderPath::Reference, DecoderPath::Fast] {
+        let ask = Ask { decoder_path, cpu: CpuChoice::Scalar, ..ask };
+        let found = oracle::foreseen(&model, &case.path("in.json"), 200, ask)?;
+        assert_eq!(found.tokens, count);
+        // The served decoder keeps keys and values in bf16, which has eight bits.
+        let expected = sum / count as f64;
+        assert!((found.mean() / expected - 1.0).abs() < 2e-3, "{decoder_path:?}: {} and {expected}", found.mean());
+    }
     Ok(())
 }

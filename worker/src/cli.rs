@@ -15,7 +15,7 @@ use crate::device::{parse_cpu, parse_device, parse_sandbox};
 use crate::prepare::{self, Prepared};
 use crate::sandbox::{Sandboxed, Starter, Walls, of_model};
 use crate::serve::ServeError;
-use crate::{bench, eval, plan, serve};
+use crate::{bench, convert, eval, plan, serve};
 
 /// The process that holds a model. `bulkhead` starts it; by hand it computes logits for comparison,
 /// and measures speed.
@@ -35,6 +35,8 @@ enum Command {
     Serve(ServeArgs),
     /// Compute the logits of a prompt and write them to a file.
     Eval(eval::EvalArgs),
+    /// Write a model in four bits.
+    Convert(convert::ConvertArgs),
     /// Measure how fast a model computes here, and how much of the memory's bandwidth that uses.
     Bench(bench::BenchArgs),
     /// Measure how fast single products are here, beside what the memory's bandwidth allows.
@@ -76,13 +78,19 @@ pub fn main() -> ExitCode {
     match command {
         Command::Serve(args) => serve(&args, sandbox),
         Command::Eval(args) => behind_walls(eval::walls(&args, sandbox), (args.cpu, 0), |proof, prepared| {
-            eval::run(proof, prepared, &args)
+            eval::run(proof, prepared, &args, &mut std::io::stdout())
         }),
         #[cfg(feature = "cuda")]
         Command::Devices(args) => end_by_hand(crate::cuda::devices::run(&args, &mut std::io::stdout())),
         Command::Plan(args) => behind_walls(plan::walls(&args, sandbox), (CpuChoice::Auto, 1), |proof, _| {
             plan::run(proof, &args, &mut std::io::stdout())
         }),
+        Command::Convert(args) => match convert::begin(&args, sandbox) {
+            Ok((walls, begun)) => behind_walls(walls, (CpuChoice::Auto, 1), |proof, _| {
+                convert::run(proof, begun, &args, &mut std::io::stdout())
+            }),
+            Err(error) => end_by_hand(Err(error)),
+        },
         Command::Products(args) => end_by_hand(bench::products::run(&args, &mut std::io::stdout())),
         Command::Bench(args) => {
             behind_walls(bench::walls(&args, sandbox), (args.cpu, args.threads), |proof, prepared| {

@@ -1,8 +1,10 @@
-//! `bulkhead-worker eval`: the logits of a prompt, for tests and for checking a model by hand.
+//! `bulkhead-worker eval`: the logits of a prompt, or the perplexity of a text, for tests and for checking a model by hand.
 //!
 //! Owns: the command's arguments, its input and its output. Refuses: token ids outside the vocabulary, and inputs that
 //! have none. The input is `{"input_ids": [...]}`; the output is a safetensors file with `logits` f32 `[tokens, vocab]`
 //! and, if asked for, `greedy` i64 `[N]`: the N most likely tokens, each after the ones before.
+
+pub mod perplexity;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,6 +20,7 @@ use serde::Deserialize;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, read_limited};
 use crate::device::{parse_cpu, parse_device};
+use crate::engine::backend::Backend;
 use crate::engine::single::Single;
 use crate::loader::{LoadError, place};
 use crate::model::batch::Role;
@@ -26,6 +29,7 @@ use crate::model::reference::{Precision, Reference};
 use crate::model::weights::{Quantize, Weights, load};
 use crate::prepare::Prepared;
 use crate::sandbox::{Grant, Sandboxed, Walls, of_model};
+use perplexity::Surprise;
 
 /// Bytes of the input file, at most.
 const INPUT_BYTES_MAX: u64 = 64 << 20;
@@ -39,12 +43,11 @@ pub struct EvalArgs {
     /// The model folder
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
-    /// A JSON file: {"input_ids": [...]}
-    #[arg(long, value_name = "IN.json")]
-    pub input: PathBuf,
-    /// The safetensors file to write
-    #[arg(long, value_name = "OUT.safetensors")]
-    pub output: PathBuf,
+    #[command(flatten)]
+    pub task: Task,
+    /// Tokens of the text that are seen together
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(2..=TOKENS_MAX as i64))]
+    pub window: u32,
     /// Which weights to compute from
     #[arg(long, value_enum, default_value_t = WeightChoice::File)]
     pub quant: WeightChoice,
@@ -65,6 +68,21 @@ pub struct EvalArgs {
     pub greedy: usize,
 }
 
+/// What to compute.
+#[derive(Args, Clone, Debug, Default)]
+#[group(required = true, multiple = true)]
+pub struct Task {
+    /// A JSON file: {"input_ids": [...]}
+    #[arg(long, value_name = "IN.json", requires = "output", conflicts_with = "perplexity")]
+    pub input: Option<PathBuf>,
+    /// The safetensors file to write the logits to
+    #[arg(long, value_name = "OUT.safetensors", requires = "input", conflicts_with = "perplexity")]
+    pub output: Option<PathBuf>,
+    /// Tell how well this text is foreseen: a text, or a JSON file {"input_ids": [...]}
+    #[arg(long, value_name = "FILE")]
+    pub perplexity: Option<PathBuf>,
+}
+
 /// Which weights to compute from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum WeightChoice {
@@ -83,6 +101,15 @@ pub enum ValueType {
     F32,
     /// Rounded to bf16 after each operation
     Bf16,
+}
+
+impl ValueType {
+    fn precision(self) -> Precision {
+        match self {
+            ValueType::F32 => Precision::F32,
+            ValueType::Bf16 => Precision::Bf16,
+        }
+    }
 }
 
 /// Who computes.
@@ -117,6 +144,23 @@ pub enum EvalError {
         /// The file.
         file: PathBuf,
     },
+    /// There is no token that another one stands before.
+    #[error("{}: {tokens} tokens, expected at least two to tell how the next is foreseen", .file.display())]
+    TooFewTokens {
+        /// The file.
+        file: PathBuf,
+        /// What it holds.
+        tokens: usize,
+    },
+    /// A text is none.
+    #[error("{}: not text in UTF-8; token ids are read from a file whose name ends in .json", .file.display())]
+    NotText {
+        /// The file.
+        file: PathBuf,
+    },
+    /// A continuation of a text whose perplexity is asked for.
+    #[error("--greedy continues a prompt: use it with --input and --output")]
+    GreedyWithoutPrompt,
     /// More tokens than the limit.
     #[error("{tokens} tokens of prompt and continuation exceed the limit of {max}")]
     TooManyTokens {
@@ -167,6 +211,12 @@ pub enum EvalError {
         /// What the system said.
         source: io::Error,
     },
+    /// Neither a prompt nor a text is there to compute.
+    #[error("give --input and --output, or --perplexity")]
+    NoTask,
+    /// What was measured cannot be told.
+    #[error("standard output cannot be written: {0}")]
+    Told(#[source] io::Error),
     /// The output cannot be put together.
     #[error("{}: cannot be encoded: {source}", .file.display())]
     Encode {
@@ -195,26 +245,93 @@ struct Computed {
 #[must_use]
 pub fn walls(args: &EvalArgs, mode: SandboxMode) -> Walls {
     let mut grants = of_model(&args.model);
-    grants.push(Grant::read_file(&args.input));
-    let folder = args.output.parent().filter(|folder| !folder.as_os_str().is_empty());
-    grants.push(Grant::write_folder(folder.unwrap_or(Path::new("."))));
-    Walls { writes: true, ..Walls::of_person(mode, args.device, grants) }
+    let Task { input, output, perplexity } = &args.task;
+    grants.extend(input.iter().chain(perplexity).map(|file| Grant::read_file(file)));
+    if let Some(output) = output {
+        let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
+        grants.push(Grant::write_folder(folder.unwrap_or(Path::new("."))));
+    }
+    Walls { writes: output.is_some(), ..Walls::of_person(mode, args.device, grants) }
 }
 
-/// Runs the command.
+/// Runs the command; what it measures is told on `out`.
 ///
 /// # Errors
 /// Each variant of `EvalError`; the output is written only when everything before went well.
-pub fn run(_proof: &Sandboxed, prepared: Prepared, args: &EvalArgs) -> Result<(), EvalError> {
-    check_output(&args.output)?;
+pub fn run(_proof: &Sandboxed, prepared: Prepared, args: &EvalArgs, out: &mut dyn io::Write) -> Result<(), EvalError> {
+    match &args.task {
+        Task { perplexity: Some(text), .. } => {
+            let surprise = foresee(prepared, args, text)?;
+            perplexity::report(&surprise, args, out).map_err(EvalError::Told)
+        }
+        Task { input: Some(input), output: Some(output), .. } => prompt(prepared, args, input, output),
+        Task { .. } => Err(EvalError::NoTask),
+    }
+}
+
+/// Measures how a text is foreseen.
+///
+/// # Errors
+/// Each variant of `EvalError` but those of the output.
+pub fn foresee(prepared: Prepared, args: &EvalArgs, text: &Path) -> Result<Surprise, EvalError> {
+    if args.greedy != 0 {
+        return Err(EvalError::GreedyWithoutPrompt);
+    }
     let config = Config::read(&args.model)?;
-    let tokens = read_tokens(&args.input, &config)?;
+    let text = perplexity::Text::read(text, &args.model, &config)?;
+    let weights = weights(args, &config)?;
+    let sizes = (args.window as usize, config.vocab_size);
+    match args.decoder_path {
+        DecoderPath::Reference => {
+            let begun = || Reference::new(&config, &weights, args.dtype.precision());
+            perplexity::measure(&text, sizes, &mut begun(), |reference| *reference = begun(), plain_logits)
+        }
+        DecoderPath::Fast => {
+            let mut backend = backend(args, prepared, (config, weights), args.window)?;
+            let feed = |single: &mut Single<'_>, tokens: &[u32]| {
+                Ok(single.feed(tokens, Role::Prompt).map_err(LoadError::Device)?)
+            };
+            perplexity::measure(&text, sizes, &mut Single::new(&mut backend), Single::restart, feed)
+        }
+    }
+}
+
+/// Computes the logits of a prompt.
+fn prompt(prepared: Prepared, args: &EvalArgs, input: &Path, output: &Path) -> Result<(), EvalError> {
+    check_output(output)?;
+    let config = Config::read(&args.model)?;
+    let tokens = read_tokens(input, &config)?;
     let length = tokens.len().saturating_add(args.greedy);
     if length > TOKENS_MAX {
         return Err(EvalError::TooManyTokens { tokens: length, max: TOKENS_MAX });
     }
-    if args.device != DeviceChoice::Cpu && args.decoder_path == DecoderPath::Reference {
-        return Err(EvalError::ReferenceOnCard);
+    let weights = weights(args, &config)?;
+    let vocab_size = config.vocab_size;
+    let computed = match args.decoder_path {
+        DecoderPath::Reference => {
+            let mut reference = Reference::new(&config, &weights, args.dtype.precision());
+            compute(args.greedy, vocab_size, &tokens, |tokens| plain_logits(&mut reference, tokens))?
+        }
+        DecoderPath::Fast => {
+            let length = u32::try_from(length).expect("the limit on tokens is below u32");
+            let mut backend = backend(args, prepared, (config, weights), length)?;
+            let (mut sequence, mut role) = (Single::new(&mut backend), Role::Prompt);
+            compute(args.greedy, vocab_size, &tokens, |tokens| {
+                let logits = sequence.feed(tokens, role).map_err(LoadError::Device)?;
+                role = Role::Generated;
+                Ok(logits)
+            })?
+        }
+    };
+    write_output(output, &computed, tokens.len(), vocab_size)
+}
+
+/// Loads what is computed from, once it is clear that it can be.
+fn weights(args: &EvalArgs, config: &Config) -> Result<Weights, EvalError> {
+    match args.decoder_path {
+        DecoderPath::Reference if args.device != DeviceChoice::Cpu => return Err(EvalError::ReferenceOnCard),
+        DecoderPath::Fast if args.dtype == ValueType::Bf16 => return Err(EvalError::FastInBf16),
+        DecoderPath::Reference | DecoderPath::Fast => {}
     }
     let checkpoint = Checkpoint::open(&args.model)?;
     let quantize = match args.quant {
@@ -222,78 +339,58 @@ pub fn run(_proof: &Sandboxed, prepared: Prepared, args: &EvalArgs) -> Result<()
         WeightChoice::File => Quantize::File,
         WeightChoice::Nf4 => Quantize::Nf4,
     };
-    let weights = load(&checkpoint, &config, quantize, &mut |_, _, _| {})?;
-    let vocab_size = config.vocab_size;
-    let computed = match args.decoder_path {
-        DecoderPath::Reference => reference_path(args, &config, &weights, &tokens)?,
-        DecoderPath::Fast => fast_path(args, prepared, (config, weights), &tokens)?,
-    };
-    write_output(&args.output, &computed, tokens.len(), vocab_size)
+    Ok(load(&checkpoint, config, quantize, &mut |_, _, _| {})?)
 }
 
 /// Reads and checks the prompt.
 fn read_tokens(file: &Path, config: &Config) -> Result<Vec<u32>, EvalError> {
     let bytes = read_limited(file, INPUT_BYTES_MAX)?;
-    let file = || file.to_owned();
     let input: InputFile =
-        serde_json::from_slice(&bytes).map_err(|source| EvalError::Input { file: file(), source })?;
+        serde_json::from_slice(&bytes).map_err(|source| EvalError::Input { file: file.to_owned(), source })?;
     let tokens = input.input_ids;
     if tokens.is_empty() {
-        return Err(EvalError::NoTokens { file: file() });
+        return Err(EvalError::NoTokens { file: file.to_owned() });
     }
-    let vocab_size = config.vocab_size;
+    check_vocabulary(file, &tokens, config.vocab_size)?;
+    Ok(tokens)
+}
+
+fn check_vocabulary(file: &Path, tokens: &[u32], vocab_size: usize) -> Result<(), EvalError> {
     match tokens.iter().position(|token| *token as usize >= vocab_size) {
-        None => Ok(tokens),
-        Some(index) => Err(EvalError::NotInVocabulary { file: file(), token: tokens[index], index, vocab_size }),
+        None => Ok(()),
+        Some(index) => {
+            Err(EvalError::NotInVocabulary { file: file.to_owned(), token: tokens[index], index, vocab_size })
+        }
     }
 }
 
 /// Computes with the plain decoder.
-fn reference_path(args: &EvalArgs, config: &Config, weights: &Weights, tokens: &[u32]) -> Result<Computed, EvalError> {
-    let precision = match args.dtype {
-        ValueType::F32 => Precision::F32,
-        ValueType::Bf16 => Precision::Bf16,
-    };
-    let mut reference = Reference::new(config, weights, precision);
-    compute(args.greedy, config.vocab_size, tokens, |tokens| {
-        let logits = reference.logits(tokens).and_then(|logits| logits.flatten_all()?.to_vec1::<f32>());
-        logits.map_err(EvalError::Compute)
-    })
+fn plain_logits(reference: &mut Reference<'_>, tokens: &[u32]) -> Result<Vec<f32>, EvalError> {
+    let logits = reference.logits(tokens).and_then(|logits| logits.flatten_all()?.to_vec1::<f32>());
+    logits.map_err(EvalError::Compute)
 }
 
-/// Computes with the decoder that is served, which keeps keys and values in bf16 and everything else in f32.
-fn fast_path(
+/// Prepares the decoder that is served, which keeps keys and values in bf16 and everything else in f32.
+fn backend(
     args: &EvalArgs,
     prepared: Prepared,
     (config, weights): (Config, Weights),
-    tokens: &[u32],
-) -> Result<Computed, EvalError> {
-    if args.dtype == ValueType::Bf16 {
-        return Err(EvalError::FastInBf16);
-    }
-    let (greedy, vocab_size) = (args.greedy, config.vocab_size);
-    let length = u32::try_from(tokens.len() + greedy).expect("the limit on tokens is below u32");
+    tokens: u32,
+) -> Result<Backend, EvalError> {
     let plan = LoadPlan {
         model_dir: String::new(),
         device: args.device,
         may_use_processor: false,
         threads: 0,
         cpu: args.cpu,
-        context_tokens: length,
+        context_tokens: tokens,
         sequences_max: 1,
         kv_bytes: Bytes(0),
         device_budget: Bytes(0),
         kv_type: KvType::Bf16,
         faults: Faults::default(),
     };
-    let (mut backend, _) = place(config, weights, prepared, &plan, &mut |_, _, _| {})?;
-    let mut sequence = Single::new(&mut backend);
-    let mut role = Role::Prompt;
-    compute(greedy, vocab_size, tokens, |tokens| {
-        let logits = sequence.feed(tokens, role).map_err(LoadError::Device)?;
-        role = Role::Generated;
-        Ok(logits)
-    })
+    Ok(place(config, weights, prepared, &plan, &mut |_, _, _| {})?.0)
 }
 
 /// Feeds the prompt to a decoder, then its own choices, one at a time.

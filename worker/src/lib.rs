@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod checkpoint;
 pub mod cli;
+pub mod convert;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod device;

@@ -250,6 +250,16 @@ impl NestedParts {
     }
 }
 
+/// Gives the quantisation state of a weight with every field that the file has.
+///
+/// # Errors
+/// `MissingTensor`, `WrongDtype`, `QuantState`.
+pub fn state_json(checkpoint: &Checkpoint, weight: &str) -> Result<serde_json::Value, CheckpointError> {
+    let (tensor, _) = read_state(checkpoint, weight)?;
+    serde_json::from_slice(tensor.region().bytes())
+        .map_err(|source| state_error(&tensor, QuantStateError::Json(source)))
+}
+
 fn read_state(checkpoint: &Checkpoint, weight: &str) -> Result<(Tensor, QuantState), CheckpointError> {
     let fp4 = state_name(weight, FP4);
     if checkpoint.has(&fp4) {

@@ -79,6 +79,11 @@ impl Checkpoint {
         &self.folder
     }
 
+    /// Gives the files that hold weights.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
     /// Gives the names of all tensors, in no order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)

@@ -20,6 +20,12 @@ impl<'a> Single<'a> {
         Single { backend, blocks: Blocks::default(), computed: 0 }
     }
 
+    /// Makes the sequence an empty one again.
+    pub fn restart(&mut self) {
+        self.backend.pager().release(&mut self.blocks);
+        self.computed = 0;
+    }
+
     /// Computes tokens behind those that were fed before, as many in a step as are served in one, and gives the logits of
     /// each.
     ///

@@ -17,6 +17,7 @@ pub use dense::{Dense, FloatType};
 pub use mxfp4::Mxfp4;
 pub use nf4::{Nested, Nf4, Scales};
 pub use quantize::{Statistics, quantize_nf4, quantize_nf4_with};
+pub(crate) use quantize::{quantize_absmax, quantize_block};
 
 /// A weight matrix `[rows, cols]` in the form in which it is stored; cloning copies no weight.
 #[derive(Clone, Debug)]

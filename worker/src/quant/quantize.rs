@@ -55,9 +55,9 @@ pub fn quantize_nf4_with(
     Nf4::new(rows, cols, BLOCK_SIZE, Region::from_vec(packed), scales)
 }
 
-/// Quantises one block, appends its bytes, and gives its scale. A block is full but for the last of a matrix, which
+/// Quantises one block of at most `BLOCK_SIZE` weights, appends its bytes, and gives its scale. A block is full but for the last of a matrix, which
 /// bitsandbytes treats apart: it divides instead of multiplying with the reciprocal, and its scale is never zero.
-fn quantize_block(block: &[f32], packed: &mut Vec<u8>) -> f32 {
+pub(crate) fn quantize_block(block: &[f32], packed: &mut Vec<u8>) -> f32 {
     let largest = block.iter().fold(0.0f32, |largest, weight| largest.max(weight.abs()));
     let divisor = largest.max(ABSMAX_MIN);
     let mut codes = [nearest_code(0.0); BLOCK_SIZE];
@@ -91,7 +91,7 @@ fn nearest_code(value: f32) -> u8 {
 }
 
 /// Quantises the scales: centred on their mean, then the dynamic code in groups of 256.
-fn quantize_absmax(absmax: &[f32]) -> Nested {
+pub(crate) fn quantize_absmax(absmax: &[f32]) -> Nested {
     let map = Box::new(dynamic_map());
     let offset = mean(absmax);
     let mut codes = Vec::with_capacity(absmax.len());

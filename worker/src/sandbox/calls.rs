@@ -12,6 +12,8 @@ pub(super) enum When {
     Always,
     /// The process has a card: its driver needs it.
     Card,
+    /// The command has files to write.
+    Writes,
     /// These bits of an argument, counted from 0, are clear.
     Clear(u8, u64),
     /// These bits of an argument are set.
@@ -73,6 +75,11 @@ pub(super) const ALLOWED: &[Entry] = calls! {
     SYS_mremap When::Always, "allocators: large vectors grow";
     SYS_brk When::Always, "allocators";
     SYS_madvise When::Always, "checkpoint: pages are brought in ahead; allocators give pages back";
+    SYS_pwrite64 When::Writes, "convert: threads write parts of a file, which Landlock holds to the output's folder";
+    SYS_fsync When::Writes, "convert: a file is on the disk before it gets its name, and the name before it is counted";
+    SYS_renameat When::Writes, "convert: a finished file takes its name; Landlock holds both names to the output's folder";
+    SYS_renameat2 When::Writes, "the same, where the C library takes the newer call";
+    SYS_statfs When::Writes, "convert: is there room on the disk";
     SYS_mlock When::Card, "the driver pins memory of the host";
     SYS_munlock When::Card, "the driver pins memory of the host";
     SYS_mincore When::Card, "the driver looks at memory that it is to pin";

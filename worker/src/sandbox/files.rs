@@ -64,6 +64,15 @@ impl Grant {
         Grant { path: path.to_owned(), rights, is_optional: false }
     }
 
+    /// Works in a folder: lists it, reads, makes and writes its files, and renames a finished one over its place.
+    #[must_use]
+    pub fn work_in_folder(path: &Path) -> Grant {
+        // A file is renamed within the folder, which takes the right to remove its old name.
+        let reads = AccessFs::ReadFile | AccessFs::ReadDir;
+        let writes = AccessFs::MakeReg | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::RemoveFile;
+        Grant { path: path.to_owned(), rights: reads | writes, is_optional: false }
+    }
+
     fn or_none(self) -> Grant {
         Grant { is_optional: true, ..self }
     }
@@ -183,7 +192,13 @@ mod tests {
     #[test]
     fn no_grant_lets_anything_run() {
         let folder = Path::new("/model");
-        for grant in [Grant::read_folder(folder), Grant::read_file(folder), Grant::write_folder(folder)] {
+        let grants = [
+            Grant::read_folder(folder),
+            Grant::read_file(folder),
+            Grant::write_folder(folder),
+            Grant::work_in_folder(folder),
+        ];
+        for grant in grants {
             assert!(!grant.rights.contains(AccessFs::Execute), "{grant:?}");
         }
     }

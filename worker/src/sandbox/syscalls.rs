@@ -67,8 +67,18 @@ pub(super) fn name_others(needs: Needs) -> Result<(), String> {
 fn allowing(needs: Needs, is_watched: bool) -> Result<BpfProgram, String> {
     let mut rules = Rules::new();
     for entry in ALLOWED {
-        let is_ioctl = is_watched && entry.1 == libc::SYS_ioctl;
-        if entry.2 != When::Card || needs.has_card || is_ioctl {
+        let is_needed = match entry.2 {
+            When::Card => needs.has_card || (is_watched && entry.1 == libc::SYS_ioctl),
+            When::Writes => needs.writes,
+            When::Always
+            | When::Clear(..)
+            | When::Set(..)
+            | When::OneOf(..)
+            | When::OtherThan(..)
+            | When::OwnProcess(_)
+            | When::Reads(_) => true,
+        };
+        if is_needed {
             add(&mut rules, *entry, needs)?;
         }
     }
@@ -84,7 +94,7 @@ fn add(rules: &mut Rules, (name, number, when, _): Entry, needs: Needs) -> Resul
     let short = SeccompCmpArgLen::Dword;
     let condition = |index, len, op, value| SeccompCondition::new(index, len, op, value);
     let conditions: Vec<Result<SeccompCondition, BackendError>> = match when {
-        When::Always | When::Card => Vec::new(),
+        When::Always | When::Card | When::Writes => Vec::new(),
         When::Clear(index, bits) => vec![condition(index, long, SeccompCmpOp::MaskedEq(bits), 0)],
         When::Set(index, bits) => vec![condition(index, long, SeccompCmpOp::MaskedEq(bits), bits)],
         When::OneOf(index, values) => {
