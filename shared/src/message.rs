@@ -117,12 +117,8 @@ pub struct LoadPlan {
     pub model_dir: String,
     /// Where to compute.
     pub device: DeviceChoice,
-    /// Whether the processor will do where the device does not compute the model's architecture: nobody chose the device.
+    /// Whether the processor will do where the card cannot take the model: nobody chose the device.
     pub may_use_processor: bool,
-    /// Threads that compute; 0 lets the worker count its cores.
-    pub threads: u32,
-    /// By which instructions the processor computes.
-    pub cpu: CpuChoice,
     /// Context to serve, in tokens; 0 takes the model's own.
     pub context_tokens: u32,
     /// Sequences that may run in one batch.
@@ -160,7 +156,7 @@ pub enum DeviceChoice {
 }
 
 /// By which instructions a processor computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CpuChoice {
     /// The best that it has.
     #[default]

@@ -283,8 +283,6 @@ fn plan(config: &Config, model_dir: String) -> LoadPlan {
         may_use_processor: config.device == DeviceSetting::Auto,
         device_budget: config.device_memory,
         kv_type: config.kv_cache_type,
-        threads: config.threads,
-        cpu: config.cpu,
         context_tokens: config.context_tokens,
         sequences_max: config.sequences_max,
         kv_bytes: Bytes(0),

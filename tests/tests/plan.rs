@@ -41,23 +41,23 @@ fn plans_are_the_workers() {
 }
 
 #[test]
-fn a_llama_is_planned_for_the_processor() {
+fn a_llama_is_planned_for_cards_too() {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/configs/llama-3.2-1b.json");
     let config = config.to_str().expect("is text");
     let plan = |arguments: &[&str]| {
         let mut command = Command::new(binary("bulkhead"));
-        let output = command.args(["plan", "--config", config]).args(arguments).env_clear().output().expect("it runs");
-        (output.status.code(), String::from_utf8(output.stdout).expect("is text"))
+        let common = ["plan", "--config", config, "--format", "nf4", "--host", "16", "--json", "--sequences", "1"];
+        let output = command.args(common).args(arguments).env_clear().output().expect("it runs");
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let json: Value = serde_json::from_slice(&output.stdout).expect("is JSON");
+        json["plans"][0].clone()
     };
-    let (code, table) = plan(&["--format", "nf4", "--host", "16", "--context", "8192", "131072"]);
-    assert_eq!((code, table.lines().count()), (Some(0), 4), "{table}");
-    assert!(table.contains("on the processor, since cards do not compute LlamaForCausalLM"), "{table}");
-    let (code, json) = plan(&["--format", "nf4", "--host", "16", "--context", "8192", "--sequences", "1", "--json"]);
-    let json: Value = serde_json::from_str(&json).expect("is JSON");
+    let row = plan(&["--vram", "8", "--context", "8192"]);
     // 16 layers of 8 heads of 64, keys and values in two bytes.
-    assert_eq!((code, &json["plans"][0]["kv"]), (Some(0), &json!(8192u64 * 16 * 8 * 64 * 2 * 2)));
+    assert_eq!(row["kv"], json!(8192u64 * 16 * 8 * 64 * 2 * 2), "{row}");
     // Tied: one matrix of 128256 rows in bf16, and 973 million weights in 4.127 bits.
-    let weights = json["plans"][0]["weights"].as_f64().expect("a number");
+    let weights = row["weights_card"].as_f64().expect("a number");
     assert!((weights / (128_256.0 * 2048.0 * 2.0 + 973_078_528.0 * 4.127 / 8.0) - 1.0).abs() < 0.01, "{weights}");
-    assert_eq!(plan(&["--host", "1"]).0, Some(2));
+    let row = plan(&["--vram", "1.4", "--context", "8192"]);
+    assert!(row["given_up"].to_string().contains("the dense networks of"), "{row}");
 }

@@ -212,8 +212,6 @@ fn plan(args: &BenchArgs, context_tokens: u32) -> Result<LoadPlan, BenchError> {
         model_dir: model_dir.to_owned(),
         device: args.device,
         may_use_processor: false,
-        threads: args.threads,
-        cpu: args.cpu,
         context_tokens,
         sequences_max: args.batch,
         kv_bytes: Bytes(0),

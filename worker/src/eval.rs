@@ -381,8 +381,6 @@ fn backend(
         model_dir: String::new(),
         device: args.device,
         may_use_processor: false,
-        threads: 0,
-        cpu: args.cpu,
         context_tokens: tokens,
         sequences_max: 1,
         kv_bytes: Bytes(0),

@@ -1,16 +1,14 @@
-//! `bulkhead-worker plan`: what a model would hold on a card, or beside the processor, without loading it and without a card.
+//! `bulkhead-worker plan`: what a model would hold on a card, without loading it and without a card.
 //!
 //! Owns: the command's arguments and its table. Refuses: to plan by itself (`memory::card` does) and to read weights: a
 //! folder's headers say how large they are, a lone config.json what they would be in a format.
-
-mod processor;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};
-use bulkhead_shared::message::{CpuChoice, DeviceChoice, Faults, KvType, LoadPlan, device_budget};
+use bulkhead_shared::message::{DeviceChoice, Faults, KvType, LoadPlan, device_budget};
 use bulkhead_shared::units::Bytes;
 use clap::{Args, ValueEnum, value_parser};
 use serde::Serialize;
@@ -19,7 +17,7 @@ use crate::checkpoint::limits::CONFIG_BYTES_MAX;
 use crate::checkpoint::{Checkpoint, CheckpointError, read_limited};
 use crate::memory::card::{CardLimits, CardPlan, WeightSizes, plan_card, sizes_in, sizes_of};
 use crate::memory::{PlanError, available_memory};
-use crate::model::config::{Architecture, Config, ConfigError, Quantization};
+use crate::model::config::{Config, ConfigError, Quantization};
 use crate::sandbox::{Grant, Sandboxed, Walls, of_model};
 
 /// Cards that are planned for when none is named. Units: GiB.
@@ -132,16 +130,6 @@ pub fn run(_proof: &Sandboxed, args: &PlanArgs, out: &mut impl io::Write) -> Res
     let host_available = args.host.map(bytes).or_else(available_memory).unwrap_or(Bytes(0));
     let cards = if args.vram.is_empty() { &CARDS_DEFAULT[..] } else { &args.vram };
     let contexts = if args.context.is_empty() { &[0][..] } else { &args.context };
-    if model.config.architecture != Architecture::GptOss {
-        let asked = contexts.iter().map(|context| LoadPlan { device: DeviceChoice::Cpu, ..wishes(args, *context) });
-        let rows = processor::rows(&model, asked, host_available);
-        let print = match args.json {
-            true => processor::write_json(&model, &rows, out),
-            false => processor::write_table(&model, &rows, args.sequences, out),
-        };
-        print.map_err(PlanCommandError::Print)?;
-        return processor::fault(rows).map_or(Ok(()), |error| Err(PlanCommandError::NothingFits(error)));
-    }
     let mut rows = Vec::new();
     for card in cards {
         for context in contexts {
@@ -167,8 +155,6 @@ fn wishes(args: &PlanArgs, context_tokens: u32) -> LoadPlan {
         model_dir: String::new(),
         device: DeviceChoice::Cuda(0),
         may_use_processor: false,
-        threads: 0,
-        cpu: CpuChoice::Auto,
         context_tokens,
         sequences_max: args.sequences,
         kv_bytes: Bytes(0),

@@ -48,7 +48,7 @@ impl Rung {
 #[cfg(test)]
 mod tests {
     use bulkhead_shared::exit::WorkerExit;
-    use bulkhead_shared::message::{CpuChoice, DeviceChoice, Faults, KvType};
+    use bulkhead_shared::message::{DeviceChoice, Faults, KvType};
     use bulkhead_shared::units::Bytes;
 
     use super::*;
@@ -58,8 +58,6 @@ mod tests {
             model_dir: "/models/m".into(),
             device: DeviceChoice::Cpu,
             may_use_processor: false,
-            threads: 0,
-            cpu: CpuChoice::Auto,
             context_tokens: 0,
             sequences_max,
             kv_bytes: Bytes(0),

@@ -64,7 +64,7 @@ pub(crate) struct Spawned {
     pub(crate) device_budget: Bytes,
 }
 
-/// What a worker must know before it hears anything, for its walls are built by it. The plan repeats it.
+/// What a worker must know before it hears anything, for its walls are built by it. The plan repeats the folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Startup {
     /// The model's folder, the only one that it may read.

@@ -18,11 +18,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::{Condvar, Mutex};
 
 use bulkhead_shared::layers::{Layer, SandboxMode};
 use bulkhead_shared::message::{CpuChoice, DeviceChoice};
 use bulkhead_worker::checkpoint::Region;
 use bulkhead_worker::prepare::behind_walls;
+use bulkhead_worker::quant::cpu::Cpu;
 use bulkhead_worker::sandbox::{ABI_MAX, Starter, Walls, of_model};
 
 /// What an attempt came to, where it did not end the process.
@@ -429,7 +431,23 @@ fn run() -> anyhow::Result<ExitCode> {
     let Some(attempt) = attempt else { stay() };
     // On a thread that was there before the last filter, as those that compute are, or on the first.
     let on_thread = scene.text("on") == "compute";
-    Ok(judge(if on_thread { prepared.cpu.run(|| attempt(&scene)) } else { attempt(&scene) }))
+    Ok(judge(if on_thread { on_computing_thread(&prepared.cpu, || attempt(&scene)) } else { attempt(&scene) }))
+}
+
+/// Makes an attempt on a thread of the processor's that is not this one: of two pieces of work one waits for the other.
+fn on_computing_thread(cpu: &Cpu, attempt: impl Fn() -> Tried + Sync) -> Tried {
+    let first = std::thread::current().id();
+    let (tried, made) = (Mutex::new(None), Condvar::new());
+    cpu.for_each_chunk(&mut [0.0; 2], 1, |_, _| {
+        let mut tried = tried.lock().expect("nobody panics");
+        if std::thread::current().id() == first {
+            drop(made.wait_while(tried, |tried| tried.is_none()).expect("nobody panics"));
+        } else if tried.is_none() {
+            *tried = Some(attempt());
+            made.notify_all();
+        }
+    });
+    tried.into_inner().expect("nobody panics").expect("one of two threads is not the first")
 }
 
 fn judge(tried: Tried) -> ExitCode {

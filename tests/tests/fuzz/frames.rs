@@ -5,8 +5,8 @@ use bulkhead_shared::generate::{Chat, Generate, Message, Prompt, ReasoningEffort
 use bulkhead_shared::layers::Layer;
 use bulkhead_shared::limits::{DECODE_BYTES_MAX, FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{
-    CpuChoice, DeviceChoice, Facts, Failure, Faults, FinishReason, FromWorker, KvType, LoadPlan, MemoryKind, Piece,
-    ToWorker, Usage,
+    DeviceChoice, Facts, Failure, Faults, FinishReason, FromWorker, KvType, LoadPlan, MemoryKind, Piece, ToWorker,
+    Usage,
 };
 use bulkhead_shared::units::{Bytes, RequestId};
 use bulkhead_tests::fuzz::{Random, mutate, run};
@@ -41,8 +41,6 @@ fn to_worker() -> Vec<ToWorker> {
         model_dir: "/models/demo".into(),
         device: DeviceChoice::Cuda(1),
         may_use_processor: false,
-        threads: 2,
-        cpu: CpuChoice::Avx2,
         context_tokens: 4096,
         sequences_max: 8,
         kv_bytes: Bytes(1 << 30),

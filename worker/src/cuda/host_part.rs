@@ -70,11 +70,11 @@ impl HostPart {
         let mut x = vec![0.0f32; batch.rows.len() * self.hidden];
         buffer.read(0, &mut x);
         let Some(mlp) = self.mlps.get(stop) else {
-            self.layers.run_layers(batch, &mut self.cache, &mut x);
+            self.layers.layers(batch, &mut self.cache, &mut x);
             return buffer.write(0, &x);
         };
         let mut out = vec![0.0; x.len()];
-        self.layers.run_mlp(mlp.as_ref().expect("the host has this part of the layer"), &x, &mut out);
+        self.layers.mlp(mlp.as_ref().expect("the host has this part of the layer"), &x, &mut out);
         buffer.write(0, &out);
     }
 

@@ -262,8 +262,6 @@ mod tests {
             model_dir: "/models/20b".into(),
             device: bulkhead_shared::message::DeviceChoice::Cpu,
             may_use_processor: false,
-            threads: 0,
-            cpu: bulkhead_shared::message::CpuChoice::Auto,
             context_tokens,
             sequences_max,
             kv_bytes: Bytes(kv_bytes),

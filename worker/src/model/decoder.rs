@@ -118,20 +118,6 @@ impl Decoder {
     /// # Panics
     /// When a token is outside the vocabulary or a sequence has no block for a row: the engine checks both before.
     pub fn forward(&self, batch: &Batch<'_>, cache: &mut KvCache) -> Vec<f32> {
-        self.cpu.run(|| self.step(batch, cache))
-    }
-
-    /// Computes the layers alone, in place, for the part of a model that begins somewhere in its middle.
-    ///
-    /// Shapes: x: [batch, hidden].
-    ///
-    /// # Panics
-    /// When a sequence has no block for a row.
-    pub fn run_layers(&self, batch: &Batch<'_>, cache: &mut KvCache, x: &mut [f32]) {
-        self.cpu.run(|| self.layers(batch, cache, x));
-    }
-
-    fn step(&self, batch: &Batch<'_>, cache: &mut KvCache) -> Vec<f32> {
         let hidden = self.config.hidden_size;
         let mut x = vec![0.0; batch.rows.len() * hidden];
         for (row, embedded) in batch.rows.iter().zip(x.chunks_exact_mut(hidden)) {
@@ -141,8 +127,13 @@ impl Decoder {
         self.logits(batch, &x)
     }
 
+    /// Computes the layers alone, in place, also for the part of a model that begins somewhere in its middle.
+    ///
     /// Shapes: x: [batch, hidden].
-    fn layers(&self, batch: &Batch<'_>, cache: &mut KvCache, x: &mut [f32]) {
+    ///
+    /// # Panics
+    /// When a sequence has no block for a row.
+    pub fn layers(&self, batch: &Batch<'_>, cache: &mut KvCache, x: &mut [f32]) {
         let mut step = Step { batch, cache, rotation: self.rotation(batch) };
         let mut normalised = vec![0.0; x.len()];
         let mut change = vec![0.0; x.len()];
@@ -190,11 +181,7 @@ impl Decoder {
     /// Computes what follows the attention in a layer, be it one of this model or of the part of it that is elsewhere.
     ///
     /// Shapes: x: [batch, hidden], normalised; out: [batch, hidden].
-    pub fn run_mlp(&self, weights: &MlpWeights, x: &[f32], out: &mut [f32]) {
-        self.cpu.run(|| self.mlp(weights, x, out));
-    }
-
-    fn mlp(&self, weights: &MlpWeights, x: &[f32], out: &mut [f32]) {
+    pub fn mlp(&self, weights: &MlpWeights, x: &[f32], out: &mut [f32]) {
         match weights {
             MlpWeights::Experts(mixture) => self.mixture(mixture, x, out),
             MlpWeights::Dense(weights) => DenseMlp { cpu: &self.cpu, weights }.run(x, out),

@@ -1,4 +1,4 @@
-use bulkhead_shared::message::{CpuChoice, DeviceChoice, Faults};
+use bulkhead_shared::message::{DeviceChoice, Faults};
 
 use super::*;
 
@@ -19,8 +19,6 @@ fn asked(context_tokens: u32, sequences_max: u32) -> LoadPlan {
         model_dir: "/models/20b".into(),
         device: DeviceChoice::Cuda(0),
         may_use_processor: false,
-        threads: 0,
-        cpu: CpuChoice::Auto,
         context_tokens,
         sequences_max,
         kv_bytes: Bytes(0),

@@ -38,19 +38,13 @@ impl Vectors {
         }
     }
 
-    /// Asks the processor.
-    #[must_use]
-    pub fn detect() -> Vectors {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") {
-                return Vectors::Avx512;
-            }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Vectors::Avx2;
-            }
-        }
-        Vectors::Plain
+    /// Lists the kinds that this machine can run; says which it cannot.
+    #[cfg(test)]
+    pub(super) fn here() -> Vec<Vectors> {
+        let paths = [CpuPath::Portable, CpuPath::Avx2, CpuPath::Avx512];
+        let (here, missing): (Vec<_>, Vec<_>) = paths.into_iter().partition(|path| path.check().is_ok());
+        missing.iter().for_each(|path| eprintln!("skipped: this processor lacks {path}"));
+        here.into_iter().map(Vectors::of).collect()
     }
 }
 
@@ -60,7 +54,7 @@ pub(super) trait Vectorised {
     fn run<L: Lanes>(self);
 }
 
-/// Runs code on the vectors of a kind that `Vectors::detect` found, or on a narrower one.
+/// Runs code on the vectors of a kind that goes with a path of the processor that was checked.
 pub(super) fn on(vectors: Vectors, code: impl Vectorised) {
     match vectors {
         Vectors::Plain => code.run::<Plain>(),
@@ -224,7 +218,7 @@ mod x86 {
         fn compiled(code: impl Vectorised) {
             code.run::<Avx2>();
         }
-        // SAFETY: `Vectors::detect` gives this variant only after the processor reported AVX2 and FMA.
+        // SAFETY: this variant goes with paths that are taken only after the processor reported AVX2 and FMA.
         unsafe { compiled(code) }
     }
 
@@ -233,7 +227,7 @@ mod x86 {
         fn compiled(code: impl Vectorised) {
             code.run::<Avx512>();
         }
-        // SAFETY: `Vectors::detect` gives this variant only after the processor reported AVX-512F, which implies the others.
+        // SAFETY: this variant goes with paths that are taken only after the processor reported AVX-512F, which implies the others.
         unsafe { compiled(code) }
     }
 
@@ -427,21 +421,6 @@ mod x86 {
 mod tests {
     use super::*;
 
-    /// The kinds that this machine can run, saying which it cannot.
-    fn kinds() -> Vec<Vectors> {
-        let detected = Vectors::detect();
-        let mut kinds = vec![Vectors::Plain];
-        #[cfg(target_arch = "x86_64")]
-        for kind in [Vectors::Avx2, Vectors::Avx512] {
-            if kind == detected || detected == Vectors::Avx512 {
-                kinds.push(kind);
-            } else {
-                eprintln!("skipped: this processor lacks {kind:?}");
-            }
-        }
-        kinds
-    }
-
     struct Powers<'a>(&'a mut [f32]);
 
     impl Vectorised for Powers<'_> {
@@ -455,7 +434,7 @@ mod tests {
 
     #[test]
     fn powers_are_right_to_two_to_the_minus_22() {
-        for kind in kinds() {
+        for kind in Vectors::here() {
             let x: Vec<f32> = (0..1 << 20).map(|i| EXP_LEAST * i as f32 / ((1 << 20) - 1) as f32).collect();
             let mut powers = x.clone();
             on(kind, Powers(&mut powers));
@@ -467,7 +446,7 @@ mod tests {
 
     #[test]
     fn powers_at_the_edges() {
-        for kind in kinds() {
+        for kind in Vectors::here() {
             let mut values = [0.0; 16];
             values[..7].copy_from_slice(&[0.0, -0.0, f32::NEG_INFINITY, -87.1, f32::MIN, f32::NAN, -1e-30]);
             on(kind, Powers(&mut values));

@@ -47,7 +47,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Takes the instructions to compute with: those that `Vectors::detect` gives, or `Plain`.
+    /// Takes the instructions to compute with, those of the `Cpu` that will.
     #[must_use]
     pub fn new(vectors: Vectors) -> Attention {
         Attention { vectors, buffers: Mutex::default(), plans: Mutex::default() }

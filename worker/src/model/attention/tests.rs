@@ -2,21 +2,6 @@ use super::*;
 use crate::engine::pager::{Blocks, KvShape, Span};
 use crate::model::batch::{Role, Row};
 
-/// The kinds of vectors that this machine can run; says which it cannot.
-fn kinds() -> Vec<Vectors> {
-    let detected = Vectors::detect();
-    let mut kinds = vec![Vectors::Plain];
-    #[cfg(target_arch = "x86_64")]
-    for kind in [Vectors::Avx2, Vectors::Avx512] {
-        if kind == detected || detected == Vectors::Avx512 {
-            kinds.push(kind);
-        } else {
-            eprintln!("skipped: this processor lacks {kind:?}");
-        }
-    }
-    kinds
-}
-
 fn random(count: usize, seed: u32, size: f32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(747_796_405).wrapping_add(1);
     let mut next = || {
@@ -121,7 +106,7 @@ fn every_kind_of_vector_agrees_with_the_formula() {
     for heads in SHAPES {
         for span in SPANS {
             let case = Case::new(heads, span, 600);
-            for vectors in kinds() {
+            for vectors in Vectors::here() {
                 let out = case.attend(vectors, 2, 200);
                 for position in [0, 1, 6, 7, 31, 32, 127, 128, 129, 255, 256, 257, 299, 300, 555, 599] {
                     for head in [0, heads.query / 2, heads.query - 1] {
@@ -146,7 +131,7 @@ fn equal_bits_whatever_the_chunks_the_threads_and_the_width_of_fused_vectors() {
         for span in SPANS {
             let case = Case::new(heads, span, 600);
             let mut fused = None;
-            for vectors in kinds() {
+            for vectors in Vectors::here() {
                 let expected = bits(&case.attend(vectors, 1, 1));
                 assert!(expected.iter().all(|value| f32::from_bits(*value).is_finite()), "{vectors:?}, {heads:?}");
                 // Many threads for few tokens compute splits apart.
@@ -176,7 +161,7 @@ fn the_sink_takes_its_share_and_large_scores_stay_finite() {
     for (sinks, expected) in
         [(vec![1000.0], [2.0, -4.0]), (vec![], [3.0, -6.0]), (vec![f32::NEG_INFINITY], [3.0, -6.0])]
     {
-        for vectors in kinds() {
+        for vectors in Vectors::here() {
             let attention = Attention::new(vectors);
             let rows = vec![Row { sequence: 0, position: 1, token: 0, role: Role::Generated }];
             let batch = Batch { rows, blocks: vec![&case.blocks], outputs: Vec::new() };

@@ -182,13 +182,6 @@ impl Cpu {
         });
     }
 
-    /// Runs something that computes here.
-    ///
-    /// Blocking: until it returns.
-    pub fn run<R: Send>(&self, compute: impl FnOnce() -> R + Send) -> R {
-        compute()
-    }
-
     /// Calls `task` for each chunk of `chunk_len` elements of `data`, on all threads.
     pub fn for_each_chunk(&self, data: &mut [f32], chunk_len: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
         self.pool.for_each_chunk(data, chunk_len, task);
