@@ -128,7 +128,6 @@ pub(super) const REFUSED: &[Entry] = calls! {
     SYS_pkey_mprotect When::Always, "no new code";
     SYS_socket When::Always, "no network";
     SYS_connect When::Always, "no network";
-    SYS_listen When::Always, "no network";
     SYS_accept When::Always, "no network";
     SYS_accept4 When::Always, "no network";
     SYS_sendmsg When::Always, "no descriptors over the link";
@@ -215,6 +214,7 @@ pub(super) const REFUSED_OLD: &[Entry] = &[];
 pub(super) const REFUSED_WITHOUT_CARD: &[Entry] = calls! {
     SYS_socketpair When::Always, "no network";
     SYS_bind When::Always, "no network";
+    SYS_listen When::Always, "no network";
 };
 
 #[cfg(test)]
