@@ -62,6 +62,8 @@ pub struct CardModel {
     card: Card,
     config: Config,
     rope: RopeTable,
+    /// Cosines and then sines of each position so far: [positions, head] f32, at most as many as the context has.
+    angles: Vec<f32>,
     kernels: Kernels,
     weights: CardWeights,
     /// The embedding, where the host gathers its rows.
@@ -239,6 +241,7 @@ impl CardModel {
             swap: SwapSpace::take(&card, usize::try_from(planned.swap.0).unwrap_or(0))?,
             embedding: on_card.embedding.is_none().then(|| weights.embedding.clone()),
             rope: RopeTable::new(&config.rope),
+            angles: Vec::new(),
             graphs: Graphs::default(),
             progress: Arc::default(),
             weight_bytes_read: 0,

@@ -171,7 +171,7 @@ pub struct Planned {
 pub struct Places {
     /// For each layer of the card, whether the host computes what follows its attention.
     pub host_mlps: Vec<bool>,
-    /// Whether the embedding lies on the card.
+    /// Whether an embedding of its own lies on the card.
     pub is_embedding_on_card: bool,
 }
 
@@ -186,7 +186,11 @@ impl Planned {
         let layers = weights.layers.iter().zip(&places.host_mlps).map(layer).collect::<Result<_, _>>()?;
         let final_norm = layout.floats(&weights.final_norm);
         let lm_head = layout.side_by_side(&[(&weights.lm_head, None)], "the output matrix")?;
-        let embedding = places.is_embedding_on_card.then(|| layout.bf16(&weights.embedding));
+        let embedding = match weights.is_tied() {
+            // One table serves both where it is as steps gather from it.
+            true => layout.descriptors.last().filter(|(head, _)| head.form == Form::Bf16).map(|(head, _)| head.codes),
+            false => places.is_embedding_on_card.then(|| layout.bf16(&weights.embedding)),
+        };
         let descriptors_at = layout.take(layout.descriptors.len() * DESCRIPTOR_BYTES);
         Ok(Planned { layout, layers, final_norm, lm_head, embedding, descriptors_at })
     }

@@ -9,20 +9,19 @@ use crate::device::DeviceError;
 use crate::model::batch::{Outcome, Role, Row, Wanted};
 use crate::quant::{FloatType, Matrix};
 
+/// Positions whose angles are computed together.
+const ANGLES_AT_ONCE: usize = 256;
+
 impl CardModel {
     /// Writes what concerns the tokens: places, angles, and rows of the embedding that the host gathers.
     pub(super) fn write_rows(&mut self, pass: &Pass<'_>) {
-        let half = self.config.head_dim / 2;
-        let mut angles = vec![0.0; pass.batch.rows.len() * 2 * half];
-        let rope = &self.rope;
-        self.host.cpu().for_each_chunk(&mut angles, 2 * half, |row, angles| {
-            let (cosines, sines) = angles.split_at_mut(half);
-            rope.write(pass.batch.rows[row].position as usize, cosines, sines);
-        });
         let (mut cosines, mut sines) = (Vec::new(), Vec::new());
-        for row in angles.chunks_exact(2 * half) {
-            cosines.extend_from_slice(&row[..half]);
-            sines.extend_from_slice(&row[half..]);
+        self.know_angles(pass.batch.rows.iter().map(|row| row.position as usize + 1).max().unwrap_or(0));
+        let half = self.config.head_dim / 2;
+        for row in &pass.batch.rows {
+            let (own_cosines, own_sines) = self.angles[row.position as usize * 2 * half..][..2 * half].split_at(half);
+            cosines.extend_from_slice(own_cosines);
+            sines.extend_from_slice(own_sines);
         }
         let numbers = |of: fn(&Row) -> u32| pass.batch.rows.iter().map(of).collect::<Vec<u32>>();
         let tokens = match &self.embedding {
@@ -46,6 +45,21 @@ impl CardModel {
         inputs.write(places.positions, &numbers(|row| row.position));
         inputs.write(places.cosines, &cosines);
         inputs.write(places.sines, &sines);
+    }
+
+    /// Computes the angles of all positions up to one, where they are not known yet.
+    fn know_angles(&mut self, positions: usize) {
+        let width = self.config.head_dim;
+        let known = self.angles.len() / width;
+        if positions <= known {
+            return;
+        }
+        self.angles.resize(positions.next_multiple_of(ANGLES_AT_ONCE) * width, 0.0);
+        let rope = &self.rope;
+        self.host.cpu().for_each_chunk(&mut self.angles[known * width..], width, |index, angles| {
+            let (cosines, sines) = angles.split_at_mut(width / 2);
+            rope.write(known + index, cosines, sines);
+        });
     }
 
     /// Cuts a prompt's rows into tiles of attention: neighbours of one sequence. Gives their number.
