@@ -28,14 +28,19 @@ ENTRY __launch_bounds__(256) moe_router_many(const bf16* weight, const float* bi
     let_next_start();
     wait_for_previous();
     float sums[2][2] = {};
+    // The next columns are on their way while these are multiplied: a prompt of a few tokens has few blocks.
+    float4 four = *(const float4*)from_x;
+    uint2 words = *(const uint2*)from_weight;
     for (u32 start = 0; start < hidden; start += ROUTER_COLUMNS) {
-        float4 four = *(const float4*)(from_x + start);
-        uint2 words = *(const uint2*)(from_weight + start);
         __syncthreads();
         *(float4*)(own_x + line * ROUTER_STRIDE + column) = four;
         *(float4*)(own_weight + line * ROUTER_STRIDE + column) =
             float4{widen_low(words.x), widen_high(words.x), widen_low(words.y), widen_high(words.y)};
         __syncthreads();
+        if (start + ROUTER_COLUMNS < hidden) {
+            four = *(const float4*)(from_x + start + ROUTER_COLUMNS);
+            words = *(const uint2*)(from_weight + start + ROUTER_COLUMNS);
+        }
 #pragma unroll
         for (u32 k = 0; k < ROUTER_COLUMNS; k += 4) {
             float4 a[2], b[2];
