@@ -130,10 +130,12 @@ def _check_prompt(context, model, index, variant):
     reference = row_errors(rounded, exact)
     name, continuation = f"p{index}.logits_f32", prompt["greedy_f32"]
     if variant == "nf4":
-        name = f"p{index}.logits_nf4_dq_experts"
+        # Experts are what is quantised of a mixture, and every product of a dense model.
+        kind = "nf4_dq" if model.startswith("llama") else "nf4_dq_experts"
+        name = f"p{index}.logits_{kind}"
         if name not in tensors:
             return None
-        continuation = prompt["greedy_nf4"]["nf4_dq_experts"]
+        continuation = prompt["greedy_nf4"][kind]
     expected, positions = tensors.rows(name), tensors.integers(f"p{index}.positions")
     tokens = tensors.integers(f"p{index}.input_ids")
     logits, greedy = evaluate(context, folder, tokens, len(continuation["ids"]), quant)
