@@ -42,7 +42,7 @@ def tolerance(form):
 
 def shared_bytes(form, tokens, card):
     if card == "90a":
-        return 4 * (tokens * 128 + (16384 if form == "bf16" else 0)) + tokens * 4 + 5248
+        return 4 * (tokens * 128 + 16384) + tokens * 4 + 5248
     if card == "75":
         return min(tokens, 64) * 132 + 16384 + 1024 + 2080
     return 3 * tokens * 128 + (3 if form == "bf16" else 2) * 16384 + 2080
@@ -251,6 +251,23 @@ def check_products(modules, forms, card=None):
             same("  at once and in 1, 64, 115 and 120 tokens", cp.concatenate(parts), whole.out)
 
 
+def check_gate(modules, forms):
+    """A dense layer's gate in one launch is what both products and silu_gate's arithmetic give, rounded to bf16."""
+    for form in forms:
+        for inner, tokens in ((704, 300), (2048, 33)):
+            weights = [Weight(form, inner, HIDDEN, output=inner * i) for i in range(2)]
+            x = bf16_bits(cp.random.standard_normal((tokens, HIDDEN), dtype=cp.float32))
+            both = Dense(modules, weights, x, "90a")
+            both.launch()
+            gate, up = both.out[:, :inner], both.out[:, inner:]
+            out = cp.full((tokens, inner), 0x7FC0, dtype=cp.uint16)
+            wide, threads, blocks, _ = product_size("many", "90a")
+            modules["prompt_90a"].launch(f"dense_gate_{form}_90a", [blocks * processors()], threads,
+                                         shared_bytes(form, wide, "90a"), [both.list, x, tokens, HIDDEN, out, both.map])
+            report(f"dense_gate {form}, {inner} rows, {tokens} tokens", bf16_values(out),
+                   (gate * (up / (1 + cp.exp(-gate)))).astype(cp.float64), 2e-3)
+
+
 def check_experts(modules, forms, card=None):
     for form in forms:
         experts = Experts(modules, form, 700, card=card)
@@ -355,6 +372,8 @@ def main():
             print(f"products by {'wgmma' if card else 'mma'}")
             guarded(check_products, modules, FORMATS, card)
             guarded(check_experts, modules, FORMATS, card)
+        if "90a" in cards:
+            guarded(check_gate, modules, FORMATS)
         guarded(check_router, modules)
         guarded(check_attention, modules)
         print("the same checks with Turing's code, compiled for this card by the driver")

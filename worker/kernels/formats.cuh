@@ -106,8 +106,8 @@ struct Nf4Plain {
         float scale;
     };
     static constexpr u32 SCALE_BYTES = 4;
-    __device__ static __forceinline__ void load_scale(const u8* at, const float*, u32, Scale& held) {
-        held.scale = __ldcs((const float*)at);
+    __device__ static __forceinline__ void load_scale(bool is_wanted, const u8* at, const float*, u32, Scale& held) {
+        load_if(is_wanted, (const float*)at, held.scale);
     }
     __device__ static __forceinline__ u32 word(const Scale& held, const float*, float) { return __float_as_uint(held.scale); }
     __device__ static __forceinline__ float spread(u32 word, u32) { return float_of_bits(word); }
@@ -155,9 +155,10 @@ struct Nf4Nested {
         float nested;
     };
     static constexpr u32 SCALE_BYTES = 1;
-    __device__ static __forceinline__ void load_scale(const u8* at, const float* nested, u32 index, Scale& held) {
-        held.code = *at;
-        held.nested = nested[index / NESTED_GROUP];
+    __device__ static __forceinline__ void load_scale(bool is_wanted, const u8* at, const float* nested, u32 index,
+                                                      Scale& held) {
+        load_if(is_wanted, at, held.code);
+        load_if(is_wanted, nested + index / NESTED_GROUP, held.nested);
     }
     __device__ static __forceinline__ u32 word(const Scale& held, const float* map, float offset) {
         return __float_as_uint(__fadd_rn(__fmul_rn(map[held.code], held.nested), offset));
@@ -212,8 +213,8 @@ struct Mxfp4 {
         u32 exponents;
     };
     static constexpr u32 SCALE_BYTES = 2;
-    __device__ static __forceinline__ void load_scale(const u8* at, const float*, u32, Scale& held) {
-        held.exponents = __ldcs((const u16*)at);
+    __device__ static __forceinline__ void load_scale(bool is_wanted, const u8* at, const float*, u32, Scale& held) {
+        load_if(is_wanted, (const u16*)at, held.exponents);
     }
     __device__ static __forceinline__ u32 word(const Scale& held, const float*, float) { return held.exponents; }
 };
@@ -228,6 +229,7 @@ struct Bf16 {
     struct Held {
         uint4 words[2][2];
     };
+    struct Scale {};
     __device__ static __forceinline__ u32 column(u32 member, u32 half) { return member * 16 + half * 8; }
     __device__ static __forceinline__ const float* values() { return nullptr; }
     __device__ static __forceinline__ void load(const Matrix& m, u32 which, u32 row, u32 block, u32 blocks, Held& held) {

@@ -112,10 +112,10 @@ template <bool HIGH_FIRST> __device__ __forceinline__ uint4 decode_word(const Va
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
         u32 index = own >> (16 * half), side = upper >> (16 * half);
-        u32 low = pick_bytes(pick_bytes(values.low[0], values.low[1], index & 0xffffu),
-                             pick_bytes(values.low[2], values.low[3], index & 0xffffu), side & 0xffffu);
-        u32 high = pick_bytes(pick_bytes(values.high[0], values.high[1], index & 0xffffu),
-                              pick_bytes(values.high[2], values.high[3], index & 0xffffu), side & 0xffffu);
+        u32 low = pick_bytes(pick_bytes(values.low[0], values.low[1], index),
+                             pick_bytes(values.low[2], values.low[3], index), side);
+        u32 high = pick_bytes(pick_bytes(values.high[0], values.high[1], index),
+                              pick_bytes(values.high[2], values.high[3], index), side);
         pairs[2 * half] = pick_bytes(low, high, HIGH_FIRST ? 0x4051u : 0x5140u);
         pairs[2 * half + 1] = pick_bytes(low, high, HIGH_FIRST ? 0x6273u : 0x7362u);
     }

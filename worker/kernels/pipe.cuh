@@ -218,9 +218,8 @@ template <class Format, u32 TILES, u32 WAYS> struct SharedPipe {
             start_copy<16>(own_copies + slot * UNIT_BYTES + 8 * 32, codes + lower + slot * STEP * 32);
         }
         end_copies();
-        if (aimed_left - (int)(slot * STEP) > lane_bit(0)) {
-            Format::load_scale(scale_at + slot * STEP * Format::SCALE_BYTES, nested, scale_index + slot * STEP, scales[slot]);
-        }
+        Format::load_scale(aimed_left - (int)(slot * STEP) > lane_bit(0), scale_at + slot * STEP * Format::SCALE_BYTES, nested,
+                           scale_index + slot * STEP, scales[slot]);
     }
     __device__ __forceinline__ void begin(Work<Format, TILES>& work) {
         offset = work.item.matrix->offset;

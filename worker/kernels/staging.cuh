@@ -54,12 +54,15 @@ template <u32 CHUNKS> __device__ __forceinline__ u32 chunk_offset(u32 row, u32 c
     return (row * CHUNKS + (chunk ^ (row & 7u))) * CHUNK_BYTES;
 }
 
-// Picks bytes: byte i of the result is byte `selector >> 4 i & 7` of the eight of `high` and `low`. No nibble above 7.
+// Picks bytes: byte i of the result is byte `selector >> 4 i & 7` of the eight of `high` and `low`, for the lower four nibbles
+// of the selector, none of them above 7. By the instruction itself: CUDA's own function clears the nibbles' upper bits first.
 __device__ __forceinline__ u32 pick_bytes(u32 low, u32 high, u32 selector) {
 #if defined(BULKHEAD_EMULATED)
     return emulation::pick_bytes(low, high, selector);
 #else
-    return __byte_perm(low, high, selector);
+    u32 picked;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "r"(selector));
+    return picked;
 #endif
 }
 

@@ -38,6 +38,8 @@ struct FormKernels {
     gate_up: [Kernel; 2],
     down: [Kernel; 2],
     matmul: Kernel,
+    /// On Hopper alone.
+    dense_gate: Option<Kernel>,
     gate_up_many: [Kernel; 2],
     down_many: [Kernel; 2],
 }
@@ -359,6 +361,10 @@ impl Products<'_> {
             gate_up: [gate_up(narrow)?, gate_up(wide)?],
             down: [down(narrow)?, down(wide)?],
             matmul: self.prompt.kernel(&format!("matmul_{name}{ending}"), 8)?,
+            dense_gate: match is_hopper {
+                true => Some(self.prompt.kernel(&format!("dense_gate_{name}{ending}"), 6)?),
+                false => None,
+            },
             gate_up_many: [gate_up_many(few_tokens)?, gate_up_many("many")?],
             down_many: [down_many(few_tokens)?, down_many("many")?],
         })

@@ -406,9 +406,15 @@ impl CardModel {
 
     /// Shapes: from the normalised stream [rows, hidden] to the layer's change.
     fn dense(&self, shape: Shape, dense: &Dense) -> Result<(), DeviceError> {
-        let (gate_up, inner) = (self.at(self.scratch.gate_up), self.at(self.scratch.inner));
-        self.product(shape.role, &dense.gate_up, self.at(self.scratch.normal), gate_up, shape.rows)?;
-        self.kernels.silu_gate(gate_up, dense.gate_up.rows / 2, inner, shape.rows)?;
+        let (x, gate_up, inner) =
+            (self.at(self.scratch.normal), self.at(self.scratch.gate_up), self.at(self.scratch.inner));
+        match shape.role {
+            Role::Generated => {
+                self.kernels.matvec(&dense.gate_up, x, gate_up, shape.rows)?;
+                self.kernels.silu_gate(gate_up, dense.gate_up.rows / 2, inner, shape.rows)?;
+            }
+            Role::Prompt => self.kernels.dense_gate(&dense.gate_up, (x, gate_up, inner), shape.rows)?,
+        }
         self.product(shape.role, &dense.down, inner, self.at(self.scratch.change), shape.rows)
     }
 

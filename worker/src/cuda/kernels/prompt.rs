@@ -48,6 +48,28 @@ impl Kernels {
         self.put(&self.form(product.form).matmul, grid, block, &arguments)
     }
 
+    /// Multiplies tokens with both matrices of a dense layer's gate and gates the results: `silu(gate) * up`.
+    ///
+    /// Shapes: x: [tokens, columns] bf16, gate_up: [tokens, 2, inner] f32, in which it may work, out: [tokens, inner] bf16.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn dense_gate(
+        &self,
+        product: &Product,
+        (x, gate_up, out): (u64, u64, u64),
+        tokens: u32,
+    ) -> Result<(), DeviceError> {
+        let Some(kernel) = &self.form(product.form).dense_gate else {
+            self.matmul(product, x, gate_up, tokens)?;
+            return self.silu_gate(gate_up, product.rows / 2, out, tokens);
+        };
+        let (columns, scale_values) = (Number(product.columns), Address(product.scale_values));
+        let arguments = [Address(product.matrices), Address(x), Number(tokens), columns, Address(out), scale_values];
+        let block = (HOPPER.threads, self.tile_bytes(product.form, &HOPPER));
+        self.put(kernel, [HOPPER.blocks * self.card.facts().processors, 1, 1], block, &arguments)
+    }
+
     /// Judges the experts and groups the tokens' choices by expert.
     ///
     /// Shapes: x: [tokens, hidden] f32.
@@ -136,7 +158,7 @@ impl Kernels {
             return tokens.min(64) * 132 + 16384 + 1024 + 2080;
         }
         if self.is_hopper() {
-            return 4 * (tokens * 128 + if is_bf16 { 16384 } else { 0 }) + tokens * 4 + 5248;
+            return 4 * (tokens * 128 + 16384) + tokens * 4 + 5248;
         }
         3 * tokens * 128 + if is_bf16 { 3 } else { 2 } * 16384 + 2080
     }
