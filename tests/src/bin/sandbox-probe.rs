@@ -426,8 +426,8 @@ fn run() -> anyhow::Result<ExitCode> {
     if scene.text("walls") == "none" {
         return Ok(judge(attempt.expect("a known attempt")(&scene)));
     }
-    let (sealed, prepared) = behind_walls(walls(&scene)?, CpuChoice::Auto, 2)?;
-    let _proof = sealed.demand()?;
+    let (sealed, prepared) = behind_walls(walls(&scene)?, CpuChoice::Auto, 2);
+    let (_proof, prepared) = (sealed.demand()?, prepared?);
     let Some(attempt) = attempt else { stay() };
     // On a thread that was there before the last filter, as those that compute are, or on the first.
     let on_thread = scene.text("on") == "compute";
