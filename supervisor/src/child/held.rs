@@ -8,6 +8,11 @@ use std::fs;
 use bulkhead_shared::message::MemoryKind;
 use bulkhead_shared::units::Bytes;
 
+use super::exit::KillReason;
+use crate::limits::LOAD_BYTES_MAX;
+
+const LOAD_MAX: Bytes = Bytes(LOAD_BYTES_MAX);
+
 /// What a worker may hold beyond its plan: code, tables, what passes between allocations. One in so many, and at least this.
 const SLACK_SHARE: u64 = 10;
 const SLACK_MIN: Bytes = Bytes(512 << 20);
@@ -26,8 +31,29 @@ fn parse(status: &str) -> Option<Bytes> {
     Some(Bytes(parts.iter().sum::<u64>() << 10))
 }
 
-/// Gives what a worker with this plan may hold on the host.
-pub(super) fn allowed(plan: &[(MemoryKind, Bytes)], is_on_card: bool) -> Bytes {
+/// What a worker may hold on the host, and what it is for when it holds more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limit {
+    pub(super) bytes: Bytes,
+    pub(super) reason: KillReason,
+    /// For people.
+    pub(super) what: &'static str,
+}
+
+/// Gives the limit of a worker with this plan, or of one that is loading and has none yet. What a load for a card pins on the
+/// host only the plan tells.
+pub(super) fn limit(plan: Option<&[(MemoryKind, Bytes)]>, is_on_card: bool) -> Option<Limit> {
+    match plan {
+        Some(plan) => {
+            let bytes = allowed(plan, is_on_card);
+            Some(Limit { bytes, reason: KillReason::OverBudget, what: "its plan allows" })
+        }
+        None if is_on_card => None,
+        None => Some(Limit { bytes: LOAD_MAX, reason: KillReason::LoadOverBudget, what: "a load may hold" }),
+    }
+}
+
+fn allowed(plan: &[(MemoryKind, Bytes)], is_on_card: bool) -> Bytes {
     let counts = |kind: MemoryKind| match kind {
         MemoryKind::HostWeights | MemoryKind::HostKvCache | MemoryKind::Swap => true,
         MemoryKind::Weights | MemoryKind::KvCache | MemoryKind::Scratch => !is_on_card,
@@ -62,5 +88,14 @@ mod tests {
         assert_eq!(allowed(&plan, true), Bytes(3 * GIB + SLACK_MIN.0));
         assert_eq!(allowed(&plan, false), Bytes(23 * GIB + 23 * GIB / 10));
         assert_eq!(allowed(&[], false), SLACK_MIN);
+    }
+
+    #[test]
+    fn a_load_has_a_limit_before_there_is_a_plan() {
+        let of = |plan, is_on_card| limit(plan, is_on_card).map(|limit| (limit.bytes, limit.reason));
+        assert_eq!(of(None, false), Some((Bytes(LOAD_BYTES_MAX), KillReason::LoadOverBudget)));
+        assert_eq!(of(None, true), None);
+        assert_eq!(of(Some(&[]), true), Some((SLACK_MIN, KillReason::OverBudget)));
+        assert_eq!(of(Some(&[]), false), Some((SLACK_MIN, KillReason::OverBudget)));
     }
 }
