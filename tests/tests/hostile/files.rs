@@ -7,13 +7,14 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use bulkhead_tests::oracle;
+use bulkhead_tests::server::Server;
 use bulkhead_tests::talk::check_error;
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::mkfifo;
 use serde_json::json;
 
 use crate::damage::{WEIGHTS, json as edit_json};
-use crate::stage::Stage;
+use crate::stage::{Stage, text};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SHARD: &str = "model-00002-of-00004.safetensors";
@@ -93,6 +94,29 @@ fn a_link_out_of_the_folder_leads_nowhere() {
         stage.refuses(&format!("{name} to itself"), change, &[name]);
     }
     stage.goes_on();
+}
+
+/// As the hub's cache has it, links of a snapshot lead to `blobs`; a `blobs` that is a link itself would open any folder.
+#[test]
+fn a_cache_that_leads_elsewhere_is_no_cache() {
+    let home = tempfile::tempdir().expect("a temporary folder can be made");
+    let (snapshot, secrets) = (home.path().join("model/snapshots/1"), home.path().join("secrets"));
+    let blobs = home.path().join("model/blobs");
+    fs::create_dir_all(&snapshot).expect("ours");
+    fs::create_dir_all(&blobs).expect("ours");
+    for name in ["config.json", "tokenizer.json", WEIGHTS] {
+        fs::copy(oracle::model("gptoss_window_edges").join(name), blobs.join(name)).expect("copied");
+        symlink(Path::new("../../blobs").join(name), snapshot.join(name)).expect("ours");
+    }
+    let flags = ["--model", text(&snapshot)];
+    let server = Server::start(&flags);
+    assert!(server.worker().is_some(), "an honest cache is served");
+    drop(server);
+    fs::rename(&blobs, &secrets).expect("ours");
+    symlink(&secrets, &blobs).expect("ours");
+    let server = Server::spawn(&flags);
+    let health = server.wait_for_health("/workers/0/state", &json!("FATAL"));
+    assert!(health["reason"].as_str().is_some_and(|reason| reason.contains("Permission denied")), "{health}");
 }
 
 #[test]
