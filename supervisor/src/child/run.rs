@@ -288,7 +288,8 @@ impl Runner {
         let Some(held) = current.process.id().and_then(held::held_by) else { return };
         let is_on_card = self.plan.device != DeviceChoice::Cpu;
         let plan = self.ends.status.borrow().facts.as_ref().map(|facts| facts.memory.clone());
-        let Some(limit) = held::limit(plan.as_deref(), is_on_card).filter(|limit| held > limit.bytes) else { return };
+        let limit = held::limit(plan.as_deref(), is_on_card, current.available);
+        let Some(limit) = limit.filter(|limit| held > limit.bytes) else { return };
         let detail = format!("it holds {held} of the host's memory where {} {}", limit.what, limit.bytes);
         self.condemn(limit.reason, detail + &self.doing()).await;
     }
