@@ -26,6 +26,7 @@ use crate::loader::{self, LoadError, Loaded, LoadedModel};
 use crate::prepare::Prepared;
 use crate::sandbox::{SandboxError, Sandboxed, Sealed};
 use crate::text::chat::ChatFormat;
+use crate::text::tokenizer::Tokenizer;
 use crate::unforeseen;
 
 /// The least time between two reports of a load's progress.
@@ -210,6 +211,8 @@ fn load(
 struct Running {
     /// Layers computed so far.
     progress: Arc<AtomicU64>,
+    /// Counts what it has encoded.
+    tokenizer: Arc<Tokenizer>,
     status: Arc<Status>,
     arrivals: Sender<Arrival>,
     /// The flag of each request that has not ended; one that only this map holds has.
@@ -227,8 +230,8 @@ impl Running {
     ) -> Result<Running, ServeError> {
         let (sequence_sender, sequences) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
         let (arrivals, arrived) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
-        model.intake.start(&arrived, &sequence_sender, outbox).map_err(ServeError::Thread)?;
-        let status = Arc::new(Status::default());
+        let (status, tokenizer) = (Arc::new(Status::default()), Arc::clone(&model.intake.tokenizer));
+        model.intake.start(&arrived, &sequence_sender, outbox, &status).map_err(ServeError::Thread)?;
         let limits = EngineLimits { sequences_max: model.sequences_max, faults };
         let channels = (sequences, outbox.clone());
         let progress = model.backend.progress();
@@ -244,7 +247,7 @@ impl Running {
         };
         std::thread::Builder::new().name("engine".into()).spawn(run).map_err(ServeError::Thread)?;
         say(outbox, model.ready);
-        Ok(Running { progress, status, arrivals, cancels: HashMap::new(), engine_end })
+        Ok(Running { progress, tokenizer, status, arrivals, cancels: HashMap::new(), engine_end })
     }
 
     fn read_until_end(mut self, inbound: &mut Inbound, outbox: &Sender<FromWorker>) -> Result<(), ServeError> {
@@ -277,11 +280,13 @@ impl Running {
     }
 
     fn pong(&self, nonce: u64) -> FromWorker {
+        let Status { sequences, blocks_free, preparing, prepared } = &*self.status;
+        let texts = prepared.load(Ordering::Relaxed) + self.tokenizer.chunks_encoded();
         FromWorker::Pong {
             nonce,
-            progress: self.progress.load(Ordering::Relaxed),
-            sequences: self.status.sequences.load(Ordering::Relaxed),
-            blocks_free: self.status.blocks_free.load(Ordering::Relaxed),
+            progress: self.progress.load(Ordering::Relaxed) + texts,
+            sequences: sequences.load(Ordering::Relaxed) + preparing.load(Ordering::Relaxed),
+            blocks_free: blocks_free.load(Ordering::Relaxed),
         }
     }
 }

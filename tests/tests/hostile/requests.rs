@@ -130,6 +130,22 @@ fn patterns_without_end_cost_their_request_alone() {
     stage.goes_on();
 }
 
+/// Each word takes long and none too long: together they would take hours. A worker that does nothing else is hung, and the request is
+/// found.
+#[test]
+fn a_text_that_takes_hours_is_a_hang() {
+    const WORDS: usize = 40_000;
+    let stage = Stage::with(oracle::model("llama3_untied_sharded"), &["--hang-timeout", "1500ms"]);
+    let came = stage.load(|folder| pattern(folder, "(?:\\w|\\w)*#|\\w+|."));
+    assert!(came.is_running(), "{came:?}");
+    let answer = stage.complete(&"abcdefghijklmnopqrst ".repeat(WORDS));
+    assert_eq!(answer.status, 500, "{answer:?}\n{}", stage.server.log());
+    assert_eq!(answer.json()["error"]["code"], json!("request_quarantined"));
+    assert!(stage.server.log().contains("killed: it hung"), "{}", stage.server.log());
+    assert_eq!(stage.complete("Hello").status, 200);
+    stage.goes_on();
+}
+
 /// A normalizer that makes of each character two, thirty times over: two gigabytes of one.
 #[test]
 fn a_text_that_grows_without_end_ends_at_the_plan() {

@@ -61,10 +61,15 @@ pub(crate) struct Stage {
 impl Stage {
     /// Starts a service with a copy of a good model, and its neighbour with the model itself.
     pub(crate) fn new(source: PathBuf) -> Stage {
+        Stage::with(source, &[])
+    }
+
+    /// As `new`, with further flags.
+    pub(crate) fn with(source: PathBuf, flags: &[&str]) -> Stage {
         let home = tempfile::tempdir().expect("a temporary folder can be made");
         let folder = home.path().join("model");
         copy(&source, &folder);
-        let server = Server::start(&["--model", text(&folder), "--model-id", "guest"]);
+        let server = Server::start(&[&["--model", text(&folder), "--model-id", "guest"], flags].concat());
         let neighbour = Server::start(&["--model", text(&source), "--model-id", "neighbour"]);
         let expected = answered(&neighbour);
         let supervisor_kib = peak_kib(server.pid());
