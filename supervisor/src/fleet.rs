@@ -144,6 +144,8 @@ impl Fleet {
             }
             State::Starting => Health::Loading(format!("a worker is starting{}", last_end())),
             State::Loading => Health::Loading(match &status.progress {
+                // The beginning of something has nothing to count yet.
+                Some(progress) if progress.done.0 == 0 => format!("loading {}", progress.what),
                 Some(progress) => format!("{}: {} of {}", progress.what, progress.done, progress.total),
                 None => "the model is being loaded".into(),
             }),

@@ -80,6 +80,10 @@ pub(crate) const SLUGGISH_AFTER: Duration = Duration::from_secs(5);
 /// Time from the spawn of a worker to its `Hello`.
 pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// What a worker for the processor may hold of its own while it loads, before there is a plan that says more: weights are
+/// mapped, and tables of text are what is left. Units: bytes.
+pub(crate) const LOAD_BYTES_MAX: u64 = 4 << 30;
+
 /// Time for a worker to end after it was asked to, or after it closed its link.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 

@@ -129,6 +129,15 @@ fn a_start_that_fails_backs_off() {
         let health = server.wait_for_health("/workers/0/incarnation", &json!(2));
         assert_eq!(health["status"], "loading");
     }
+    // What has no words of its own left is told by what it was about.
+    for (load, arguments, cause) in [
+        ("steps 3\nabort", &[][..], "crashed by SIGABRT"),
+        ("steps 3\nstall", &["--load-timeout", "300ms"], "killed: its load did not move"),
+    ] {
+        let server = Server::spawn_fake(Fake { load, ..Fake::default() }, arguments);
+        let health = server.wait_for_health("/workers/0/state", &json!("BACKOFF"));
+        assert_eq!(health["workers"][0]["last_end"], json!(format!("{cause}, while it loaded the weights")));
+    }
     let server = Server::spawn_fake(Fake { words: "wrong-version", ..Fake::default() }, &[]);
     let health = server.wait_for_health("/workers/0/state", &json!("FATAL"));
     assert!(health["reason"].as_str().is_some_and(|reason| reason.contains("version")), "{health}");

@@ -14,7 +14,7 @@ use tracing::error;
 use crate::device::{parse_cpu, parse_device, parse_sandbox};
 use crate::prepare::{self, Prepared};
 use crate::sandbox::{Sandboxed, Starter, Walls, of_model};
-use crate::serve::ServeError;
+use crate::serve::StartedFor;
 use crate::{bench, convert, eval, plan, serve};
 
 /// The process that holds a model. `bulkhead` starts it; by hand it computes logits for comparison,
@@ -106,8 +106,9 @@ fn behind_walls<E: std::fmt::Display>(
     (cpu, threads): (CpuChoice, u32),
     run: impl FnOnce(&Sandboxed, Prepared) -> Result<(), E>,
 ) -> ExitCode {
-    let (sealed, prepared) = match prepare::behind_walls(walls, cpu, threads as usize) {
-        Ok(both) => both,
+    let (sealed, prepared) = prepare::behind_walls(walls, cpu, threads as usize);
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
         Err(error) => return end_by_hand(Err(error)),
     };
     for refused in sealed.refused() {
@@ -139,8 +140,9 @@ fn serve(args: &ServeArgs, mode: SandboxMode) -> ExitCode {
         landlock_abi_min: args.landlock_abi_min,
         ..Walls::of_person(mode, args.device, of_model(Path::new(&args.model)))
     };
-    let served = prepare::behind_walls(walls, args.cpu, args.threads as usize).map_err(ServeError::from);
-    let exit = match served.and_then(|(sealed, prepared)| serve::run(sealed, prepared, &args.model)) {
+    let (sealed, prepared) = prepare::behind_walls(walls, args.cpu, args.threads as usize);
+    let started_for = StartedFor { device: args.device, model_dir: &args.model };
+    let exit = match serve::run(sealed, prepared, started_for) {
         Ok(()) => WorkerExit::Orderly,
         Err(end) => {
             error!(%end, "the worker ends");

@@ -23,3 +23,4 @@ pub mod quant;
 pub mod sandbox;
 pub mod serve;
 pub mod text;
+mod unforeseen;

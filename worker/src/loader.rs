@@ -57,6 +57,14 @@ pub enum LoadError {
     /// The processor, or a thread on it.
     #[error(transparent)]
     Cpu(#[from] CpuError),
+    /// Something here or in a library does not stand what a file holds: the next worker would not either.
+    #[error("{what} brings this program into a state that it has no answer to: {panic}")]
+    Panicked {
+        /// What was being loaded.
+        what: String,
+        /// Where it happened and what was said.
+        panic: String,
+    },
 }
 
 impl LoadError {
@@ -64,7 +72,9 @@ impl LoadError {
     #[must_use]
     pub fn exit(&self) -> WorkerExit {
         match self {
-            LoadError::Checkpoint(_) | LoadError::Config(_) | LoadError::Text(_) => WorkerExit::BadModel,
+            LoadError::Checkpoint(_) | LoadError::Config(_) | LoadError::Text(_) | LoadError::Panicked { .. } => {
+                WorkerExit::BadModel
+            }
             LoadError::Plan(_) | LoadError::NoSuchDevice(_) => WorkerExit::BadConfig,
             LoadError::Device(error) => error.exit(),
             LoadError::Cpu(CpuError::Missing(_)) => WorkerExit::BadConfig,
@@ -113,15 +123,21 @@ pub fn load(
 ) -> Result<LoadedModel, LoadError> {
     let started = Instant::now();
     let dir = Path::new(&plan.model_dir);
+    progress(0, 0, "the headers of the weights");
     let checkpoint = Checkpoint::open(dir)?;
+    let bytes = checkpoint.tensor_bytes();
+    progress(0, bytes, "config.json");
     let config = Config::read(dir)?;
+    progress(0, bytes, "tokenizer.json");
     let tokenizer = Tokenizer::open(dir)?;
+    progress(0, bytes, "the settings of texts");
     let conversations = match config.architecture {
         Architecture::GptOss => ChatSource::Harmony,
         Architecture::Llama => ChatSource::Folder,
     };
     let chat = ChatFormat::open(conversations, dir, &tokenizer)?;
     let defaults = GenerationConfig::open(dir)?;
+    progress(0, bytes, "the weights");
     let weights = weights::load(&checkpoint, &config, Quantize::File, progress)?;
     let files = started.elapsed().as_secs_f64();
     let (backend, mut loaded) = place(config, weights, prepared, plan, progress)?;

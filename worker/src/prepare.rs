@@ -48,20 +48,30 @@ impl Prepared {
     }
 }
 
-/// Puts every wall in force, and starts what computing takes in between.
+/// Puts every wall in force, and starts what computing takes in between. What could not be started keeps no wall away: whoever
+/// stands behind them can say what is wrong.
 ///
 /// # Errors
-/// As `Prepared::start`. Walls that the system refused are told by the proof.
-pub fn behind_walls(walls: Walls, cpu: CpuChoice, threads: usize) -> Result<(Sealed, Prepared), LoadError> {
+/// Of what was started, as `Prepared::start`. Walls that the system refused are told by the proof.
+pub fn behind_walls(walls: Walls, cpu: CpuChoice, threads: usize) -> (Sealed, Result<Prepared, LoadError>) {
     let device = walls.device;
     let begun = sandbox::begin(walls);
     // Files that say how many cores a container has are closed by the walls.
     let threads = if threads == 0 { cores() } else { threads };
-    #[cfg(feature = "cuda")]
-    if device != DeviceChoice::Cpu {
-        crate::cuda::driver::open_libraries()?;
-    }
+    let libraries = open_libraries(device);
     let walled = begun.wall_in();
-    let prepared = Prepared::start(device, cpu, threads)?;
-    Ok((walled.seal(), prepared))
+    let prepared = libraries.and_then(|()| Prepared::start(device, cpu, threads));
+    (walled.seal(), prepared)
+}
+
+/// Loads the libraries of a device, which the walls would keep from being read.
+fn open_libraries(device: DeviceChoice) -> Result<(), LoadError> {
+    match device {
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(_) => Ok(crate::cuda::driver::open_libraries()?),
+        // Without the driver there is nothing to load, and `Prepared::start` says so.
+        #[cfg(not(feature = "cuda"))]
+        DeviceChoice::Cuda(_) => Ok(()),
+        DeviceChoice::Cpu => Ok(()),
+    }
 }

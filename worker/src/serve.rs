@@ -26,6 +26,8 @@ use crate::loader::{self, LoadError, Loaded, LoadedModel};
 use crate::prepare::Prepared;
 use crate::sandbox::{SandboxError, Sandboxed, Sealed};
 use crate::text::chat::ChatFormat;
+use crate::text::tokenizer::Tokenizer;
+use crate::unforeseen;
 
 /// The least time between two reports of a load's progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -100,13 +102,26 @@ struct Model {
     ready: FromWorker,
 }
 
-/// Serves the model in this folder until the supervisor closes the link.
+/// What the command line named, for which the walls were built.
+#[derive(Clone, Copy, Debug)]
+pub struct StartedFor<'a> {
+    /// The device.
+    pub device: DeviceChoice,
+    /// The folder.
+    pub model_dir: &'a str,
+}
+
+/// Serves a model until the supervisor closes the link. What could not be prepared is told where a load that failed is.
 ///
 /// Blocking: for the life of the worker.
 ///
 /// # Errors
 /// Each names what ended the worker; `exit` gives its code.
-pub fn run(sealed: Sealed, prepared: Prepared, model_dir: &str) -> Result<(), ServeError> {
+pub fn run(
+    sealed: Sealed,
+    prepared: Result<Prepared, LoadError>,
+    started_for: StartedFor<'_>,
+) -> Result<(), ServeError> {
     let (mut inbound, outbound) = ipc::open(&sealed)?;
     for refused in sealed.refused() {
         warn!(%refused, "a wall is missing");
@@ -124,8 +139,9 @@ pub fn run(sealed: Sealed, prepared: Prepared, model_dir: &str) -> Result<(), Se
         Some(_) => return Err(ServeError::OutOfTurn("a message before Load")),
         None => return Ok(()),
     };
-    check_plan(&plan, &prepared, model_dir)?;
-    let model = match load(&proof, prepared, &plan, &outbound.outbox) {
+    check_plan(&plan, started_for)?;
+    let prepared = prepared.map_err(ServeError::from);
+    let model = match prepared.and_then(|prepared| load(&proof, prepared, &plan, &outbound.outbox)) {
         Ok(model) => model,
         Err(error) => {
             say(&outbound.outbox, FromWorker::LoadFailed { detail: detail(&error.to_string()) });
@@ -139,12 +155,12 @@ pub fn run(sealed: Sealed, prepared: Prepared, model_dir: &str) -> Result<(), Se
 }
 
 /// Checks that a plan is for what the worker was started for: its walls were built for that.
-fn check_plan(plan: &LoadPlan, prepared: &Prepared, model_dir: &str) -> Result<(), ServeError> {
-    if plan.device != prepared.device {
-        return Err(ServeError::OtherDevice { started_for: prepared.device, planned: plan.device });
+fn check_plan(plan: &LoadPlan, started_for: StartedFor<'_>) -> Result<(), ServeError> {
+    if plan.device != started_for.device {
+        return Err(ServeError::OtherDevice { started_for: started_for.device, planned: plan.device });
     }
-    if plan.model_dir != model_dir {
-        let (started_for, planned) = (model_dir.to_owned(), plan.model_dir.clone());
+    if plan.model_dir != started_for.model_dir {
+        let (started_for, planned) = (started_for.model_dir.to_owned(), plan.model_dir.clone());
         return Err(ServeError::OtherModel { started_for, planned });
     }
     Ok(())
@@ -156,15 +172,21 @@ fn load(
     plan: &LoadPlan,
     outbox: &Sender<FromWorker>,
 ) -> Result<Model, ServeError> {
-    let mut reported = None;
+    let (mut reported, mut doing) = (None, String::new());
+    let mut progress = |done: u64, total: u64, what: &str| {
+        // Nothing done is the beginning of something else.
+        let due = reported.is_none_or(|at: Instant| at.elapsed() >= PROGRESS_INTERVAL) || done == 0 || done == total;
+        if due {
+            reported = Some(Instant::now());
+            what.clone_into(&mut doing);
+            say(outbox, FromWorker::Progress { done: Bytes(done), total: Bytes(total), what: detail(what) });
+        }
+    };
     let LoadedModel { backend, tokenizer, chat, defaults, loaded } =
-        loader::load(proof, prepared, plan, &mut |done, total, what| {
-            let due = reported.is_none_or(|at: Instant| at.elapsed() >= PROGRESS_INTERVAL) || done == total;
-            if due {
-                reported = Some(Instant::now());
-                say(outbox, FromWorker::Progress { done: Bytes(done), total: Bytes(total), what: detail(what) });
-            }
-        })?;
+        match unforeseen::caught(|| loader::load(proof, prepared, plan, &mut progress)) {
+            Ok(loaded) => loaded?,
+            Err(panic) => return Err(LoadError::Panicked { what: doing, panic }.into()),
+        };
     for what in &loaded.given_up {
         warn!(what, "the plan gave something up to fit memory");
     }
@@ -189,6 +211,8 @@ fn load(
 struct Running {
     /// Layers computed so far.
     progress: Arc<AtomicU64>,
+    /// Counts what it has encoded.
+    tokenizer: Arc<Tokenizer>,
     status: Arc<Status>,
     arrivals: Sender<Arrival>,
     /// The flag of each request that has not ended; one that only this map holds has.
@@ -206,8 +230,8 @@ impl Running {
     ) -> Result<Running, ServeError> {
         let (sequence_sender, sequences) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
         let (arrivals, arrived) = crossbeam_channel::bounded(WORKER_REQUESTS_MAX);
-        model.intake.start(&arrived, &sequence_sender, outbox).map_err(ServeError::Thread)?;
-        let status = Arc::new(Status::default());
+        let (status, tokenizer) = (Arc::new(Status::default()), Arc::clone(&model.intake.tokenizer));
+        model.intake.start(&arrived, &sequence_sender, outbox, &status).map_err(ServeError::Thread)?;
         let limits = EngineLimits { sequences_max: model.sequences_max, faults };
         let channels = (sequences, outbox.clone());
         let progress = model.backend.progress();
@@ -223,7 +247,7 @@ impl Running {
         };
         std::thread::Builder::new().name("engine".into()).spawn(run).map_err(ServeError::Thread)?;
         say(outbox, model.ready);
-        Ok(Running { progress, status, arrivals, cancels: HashMap::new(), engine_end })
+        Ok(Running { progress, tokenizer, status, arrivals, cancels: HashMap::new(), engine_end })
     }
 
     fn read_until_end(mut self, inbound: &mut Inbound, outbox: &Sender<FromWorker>) -> Result<(), ServeError> {
@@ -256,11 +280,13 @@ impl Running {
     }
 
     fn pong(&self, nonce: u64) -> FromWorker {
+        let Status { sequences, blocks_free, preparing, prepared } = &*self.status;
+        let texts = prepared.load(Ordering::Relaxed) + self.tokenizer.chunks_encoded();
         FromWorker::Pong {
             nonce,
-            progress: self.progress.load(Ordering::Relaxed),
-            sequences: self.status.sequences.load(Ordering::Relaxed),
-            blocks_free: self.status.blocks_free.load(Ordering::Relaxed),
+            progress: self.progress.load(Ordering::Relaxed) + texts,
+            sequences: sequences.load(Ordering::Relaxed) + preparing.load(Ordering::Relaxed),
+            blocks_free: blocks_free.load(Ordering::Relaxed),
         }
     }
 }

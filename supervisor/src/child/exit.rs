@@ -32,6 +32,8 @@ pub enum KillReason {
     StopTimeout,
     /// It held more memory than its plan allows.
     OverBudget,
+    /// It held more memory than a load takes, before it had a plan: no restart will help.
+    LoadOverBudget,
 }
 
 impl KillReason {
@@ -49,6 +51,7 @@ impl KillReason {
             KillReason::LinkClosed => "killed: it closed its link and stayed",
             KillReason::StopTimeout => "killed: it did not end in time",
             KillReason::OverBudget => "killed: it held more memory than planned",
+            KillReason::LoadOverBudget => "killed: it held more memory than a load takes",
         }
     }
 }
@@ -128,6 +131,7 @@ impl Cause {
                 | KillReason::Version
                 | KillReason::Sandbox
                 | KillReason::Canary
+                | KillReason::LoadOverBudget
                 | KillReason::StopTimeout => false,
             },
             Cause::Crash { .. } | Cause::Signal { .. } | Cause::OutOfMemory => true,
@@ -167,6 +171,7 @@ impl Cause {
                 KillReason::Canary => "canary",
                 KillReason::StopTimeout => "stop_timeout",
                 KillReason::OverBudget => "over_budget",
+                KillReason::LoadOverBudget => "load_over_budget",
             },
         }
     }
@@ -199,7 +204,17 @@ impl Cause {
                 | WorkerExit::DriverPoisoned
                 | WorkerExit::NonFinite => false,
             },
-            Cause::Killed(reason) => matches!(reason, KillReason::Version | KillReason::Sandbox),
+            // A first token that is refused is refused for what the model is, and a load is the same each time.
+            Cause::Killed(reason) => match reason {
+                KillReason::Version | KillReason::Sandbox | KillReason::Canary | KillReason::LoadOverBudget => true,
+                KillReason::StartStalled
+                | KillReason::LoadStalled
+                | KillReason::Hang
+                | KillReason::Protocol
+                | KillReason::LinkClosed
+                | KillReason::StopTimeout
+                | KillReason::OverBudget => false,
+            },
             // A system call that the sandbox forbids: no retry of a break-in.
             Cause::Signal { signal } => signal == SIGSYS,
             Cause::NotStarted
@@ -298,6 +313,9 @@ mod tests {
             (Cause::Signal { signal: Signal::SIGSEGV as i32 }, false),
             (Cause::Killed(KillReason::Version), true),
             (Cause::Killed(KillReason::Sandbox), true),
+            (Cause::Killed(KillReason::Canary), true),
+            (Cause::Killed(KillReason::LoadOverBudget), true),
+            (Cause::Killed(KillReason::OverBudget), false),
             (Cause::Killed(KillReason::Hang), false),
             (Cause::KilledFromOutside, false),
         ] {

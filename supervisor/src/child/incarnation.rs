@@ -8,10 +8,12 @@ use bulkhead_shared::frame;
 use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::limits::TO_WORKER_FRAME_BYTES_MAX;
 use bulkhead_shared::message::{FromWorker, ToWorker};
+use bulkhead_shared::units::Bytes;
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
 use super::exit::KillReason;
+use super::held;
 use super::link::{self, LinkError};
 use super::oom::Kills;
 use super::protocol::Protocol;
@@ -35,6 +37,8 @@ pub(super) struct Incarnation {
     pub(super) progress: u64,
     /// The kernel's counters when the process was started.
     pub(super) kills_before: Kills,
+    /// What the machine could give then.
+    pub(super) available: Bytes,
 }
 
 impl Incarnation {
@@ -53,6 +57,7 @@ impl Incarnation {
             rest_deadline: None,
             progress: 0,
             kills_before: Kills::read(),
+            available: held::available(),
         }
     }
 

@@ -7,6 +7,8 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use bulkhead_shared::exit::WorkerExit;
+
 use super::exit::{Cause, KillReason};
 
 /// The time limits and bounds of a worker's life.
@@ -147,6 +149,8 @@ pub struct Lifecycle {
     incarnation: u32,
     deaths: u32,
     start_kills: u32,
+    /// Whether the last worker's first token was not a number.
+    was_nonsense: bool,
     has_run: bool,
     has_delivered: bool,
     is_condemned: bool,
@@ -166,6 +170,7 @@ impl Lifecycle {
             incarnation: 0,
             deaths: 0,
             start_kills: 0,
+            was_nonsense: false,
             has_run: false,
             has_delivered: false,
             is_condemned: false,
@@ -198,7 +203,7 @@ impl Lifecycle {
             (_, Event::Condemned(reason)) => self.condemn(reason),
             (_, Event::Tick) => self.tick(now),
             (State::Stopped | State::Exited | State::Fatal | State::Backoff, Event::Start | Event::Restart) => {
-                (self.deaths, self.start_kills) = (0, 0);
+                (self.deaths, self.start_kills, self.was_nonsense) = (0, 0, false);
                 self.spawn(now)
             }
             (State::Backoff | State::Exited | State::Fatal, Event::Stop) => self.rest(State::Stopped, now),
@@ -295,11 +300,14 @@ impl Lifecycle {
             (self.deaths, self.start_kills) = (0, 0);
             return if self.is_restart { self.spawn(now) } else { self.rest(State::Stopped, now) };
         }
-        if cause.is_final() {
+        // A card may have been at fault once; for two workers in a row it is the weights.
+        let is_nonsense = cause == Cause::Exit(WorkerExit::NonFinite) && !self.has_run;
+        let is_again = std::mem::replace(&mut self.was_nonsense, is_nonsense) && is_nonsense;
+        if cause.is_final() || is_again {
             return self.rest(State::Fatal, now);
         }
         match cause {
-            Cause::Exit(bulkhead_shared::exit::WorkerExit::Orderly) => self.rest(State::Exited, now),
+            Cause::Exit(WorkerExit::Orderly) => self.rest(State::Exited, now),
             Cause::KilledFromOutside if self.has_run => self.spawn(now),
             Cause::KilledFromOutside => {
                 self.start_kills += 1;
@@ -344,7 +352,6 @@ impl Lifecycle {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bulkhead_shared::exit::WorkerExit;
 
     const SETTINGS: Settings = Settings {
         start_timeout: Duration::from_secs(30),
@@ -455,6 +462,32 @@ mod tests {
         let mut steps = up(1, 0);
         steps.push((1, ORDERLY, None, State::Exited));
         check("orderly", &steps);
+    }
+
+    #[test]
+    fn a_first_token_that_is_no_number_is_tried_once_more() {
+        const NONSENSE: Event = Event::Ended { cause: Cause::Exit(WorkerExit::NonFinite), jitter: 0.0 };
+        let loading = |at| {
+            [
+                (at, Event::Hello, Some(Action::SendLoad), State::Loading),
+                (at, Event::Ready, Some(Action::SendCanary), State::Loading),
+            ]
+        };
+        let mut steps = vec![(0, Event::Start, spawn(1), State::Starting)];
+        steps.extend(loading(0));
+        steps.extend([(0, NONSENSE, None, State::Backoff), (500, Event::Tick, spawn(2), State::Starting)]);
+        steps.extend(loading(500));
+        steps.extend([(500, NONSENSE, None, State::Fatal), (600, Event::Start, spawn(3), State::Starting)]);
+        steps.extend(loading(600));
+        // Whoever sets it right starts from the beginning.
+        steps.push((600, NONSENSE, None, State::Backoff));
+        check("nonsense", &steps);
+        // A worker that has run met a request or a fault that the next one need not meet.
+        let mut steps = up(1, 0);
+        steps.extend([(0, NONSENSE, None, State::Backoff), (500, Event::Tick, spawn(2), State::Starting)]);
+        steps.extend(up(2, 500));
+        steps.push((500, NONSENSE, None, State::Backoff));
+        check("nonsense later", &steps);
     }
 
     #[test]

@@ -119,7 +119,7 @@ impl Runner {
     }
 
     async fn wait(&mut self) -> Input {
-        let is_running = self.life.state().0 == State::Running;
+        let is_measured = matches!(self.life.state().0, State::Loading | State::Running);
         let mut deadline = self.life.deadline();
         let Some(current) = &mut self.current else {
             return tokio::select! {
@@ -136,7 +136,7 @@ impl Runner {
             () = incarnation::send(&current.outgoing, &mut current.unsent), if is_blocked => Input::Sent,
             command = self.ends.commands.recv(), if !is_blocked => Input::Command(command),
             Some(control) = self.ends.controls.recv() => Input::Control(control),
-            _ = self.pings.tick(), if is_running => Input::Ping,
+            _ = self.pings.tick(), if is_measured => Input::Ping,
             () = sleep_until(deadline) => Input::Tick,
         }
     }
@@ -273,7 +273,8 @@ impl Runner {
     }
 
     fn ping(&mut self) {
-        let Some(current) = &mut self.current else { return };
+        let is_running = self.life.state().0 == State::Running;
+        let Some(current) = self.current.as_mut().filter(|_| is_running) else { return };
         // Behind a frame that does not go out a ping is not needed: the missing answer tells as much.
         if current.unsent.is_none() {
             let nonce = current.protocol.next_nonce();
@@ -281,16 +282,16 @@ impl Runner {
         }
     }
 
-    /// Measures what the worker holds, and ends one that passes its plan.
+    /// Measures what the worker holds, and ends one that passes its plan, or what a load may hold.
     async fn measure(&mut self) {
         let Some(current) = self.current.as_ref().filter(|current| current.killed.is_none()) else { return };
         let Some(held) = current.process.id().and_then(held::held_by) else { return };
         let is_on_card = self.plan.device != DeviceChoice::Cpu;
-        let allowed = self.ends.status.borrow().facts.as_ref().map(|facts| held::allowed(&facts.memory, is_on_card));
-        if let Some(allowed) = allowed.filter(|allowed| held > *allowed) {
-            let detail = format!("it holds {held} of the host's memory where its plan allows {allowed}");
-            self.condemn(KillReason::OverBudget, detail).await;
-        }
+        let plan = self.ends.status.borrow().facts.as_ref().map(|facts| facts.memory.clone());
+        let limit = held::limit(plan.as_deref(), is_on_card, current.available);
+        let Some(limit) = limit.filter(|limit| held > limit.bytes) else { return };
+        let detail = format!("it holds {held} of the host's memory where {} {}", limit.what, limit.bytes);
+        self.condemn(limit.reason, detail + &self.doing()).await;
     }
 
     /// Ends the incarnation when its process and its link are over, or when one of them has waited long enough.
@@ -321,8 +322,10 @@ impl Runner {
         let cause = if is_deserter && !is_stopping { Cause::Crash { code: 0 } } else { cause };
         self.last_cause = Some(cause);
         self.choose_rung(cause);
-        let detail = self.detail.take();
-        let text = detail.as_ref().map_or(cause.to_string(), |detail| format!("{cause}: {detail}"));
+        let text = match self.detail.take() {
+            Some(detail) => format!("{cause}: {detail}"),
+            None => format!("{cause}{}", self.doing()),
+        };
         if is_stopping {
             info!(incarnation, cause = %text, "worker ended");
         } else {
@@ -333,6 +336,13 @@ impl Runner {
         });
         self.report(Report::Down { incarnation, cause }).await;
         self.step(Event::Ended { cause, jitter: random::fraction() }).await;
+    }
+
+    /// Says what a worker that is loading was about, for one that has no words of its own left.
+    fn doing(&self) -> String {
+        let status = self.ends.status.borrow();
+        let progress = status.progress.as_ref().filter(|_| self.life.state().0 == State::Loading);
+        progress.map_or_else(String::new, |progress| format!(", while it loaded {}", progress.what))
     }
 
     /// Chooses how much of the plan the next worker gets.

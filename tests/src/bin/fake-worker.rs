@@ -201,7 +201,7 @@ impl Worker {
                 ("steps", count) => {
                     let total: u64 = count.parse()?;
                     for done in 0..total {
-                        let what = "reading weights".to_owned();
+                        let what = "the weights".to_owned();
                         self.send(&FromWorker::Progress { done: Bytes(done), total: Bytes(total), what })?;
                         thread::sleep(Duration::from_millis(20));
                     }

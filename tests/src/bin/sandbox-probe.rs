@@ -120,6 +120,17 @@ const FILES: &[Attempt] = &[
     ("read-other-model", Works, |scene| fs::read(scene.path("other-model/config.json")).map(drop)),
     ("read-hub-token", Works, |scene| fs::read(scene.path("token")).map(drop)),
     ("read-api-keys", Works, |scene| fs::read(scene.path("keys")).map(drop)),
+    ("read-own-token", Works, |scene| fs::read(scene.path("home/.cache/huggingface/token")).map(drop)),
+    ("read-credentials", Works, |scene| fs::read(scene.path("credentials/api-keys")).map(drop)),
+    ("list-runtime-folder", Works, |scene| fs::read_dir(scene.path("run")).map(drop)),
+    ("list-temporary-files", Works, |_| fs::read_dir("/tmp").map(drop)),
+    ("list-working-folder", Works, |_| fs::read_dir(".").map(drop)),
+    ("read-by-own-root", Works, |_| fs::read(["/proc/self/", "root", "/etc/passwd"].concat()).map(drop)),
+    ("read-other-worker-command", Works, |scene| {
+        fs::read(format!("/proc/{}/cmdline", scene.number("other"))).map(drop)
+    }),
+    ("read-other-worker-memory", Root, |scene| File::open(format!("/proc/{}/mem", scene.number("other"))).map(drop)),
+    ("read-other-worker-files", Root, |scene| fs::read_dir(format!("/proc/{}/fd", scene.number("other"))).map(drop)),
     ("read-through-link", Works, |scene| fs::read(scene.path("model/link")).map(drop)),
     ("read-by-parent-folder", Works, |scene| fs::read(scene.path("model/../token")).map(drop)),
     ("list-root", Works, |_| fs::read_dir("/").map(drop)),
@@ -211,6 +222,8 @@ const PROCESSES: &[Attempt] = &[
     ("open-victim", Works, |scene| does(libc::SYS_pidfd_open, [scene.victim(), 0])),
     ("take-descriptor", Reaches, |_| does(libc::SYS_pidfd_getfd, [-1, 0, 0])),
     ("signal-by-descriptor", Reaches, |_| does(libc::SYS_pidfd_send_signal, [-1, 0, 0, 0])),
+    ("signal-other-worker", Works, |scene| does(libc::SYS_kill, [scene.number("other"), 0])),
+    ("read-other-worker", Root, |scene| does(libc::SYS_process_vm_readv, [scene.number("other"), 0, 0, 0, 0, 0])),
     ("read-victim", Root, |scene| does(libc::SYS_process_vm_readv, [scene.victim(), 0, 0, 0, 0, 0])),
     ("write-victim", Root, |scene| does(libc::SYS_process_vm_writev, [scene.victim(), 0, 0, 0, 0, 0])),
     ("advise-victim", Reaches, |_| does(libc::SYS_process_madvise, [-1, 0, 0, 0, 0])),
@@ -296,6 +309,13 @@ const KERNEL: &[Attempt] = &[
     ("x32-call", Perhaps, |_| does(libc::SYS_getpid | 0x4000_0000, [])),
 ];
 
+/// What Landlock does not hold back, and no filter can tell from what a worker needs: names, sizes and times of files.
+const KNOWN: &[Attempt] = &[
+    ("known-size-of-other-model", Works, |scene| fs::metadata(scene.path("other-model/config.json")).map(drop)),
+    ("known-target-of-link", Works, |scene| fs::read_link(scene.path("model/link")).map(drop)),
+    ("known-working-folder", Works, |_| std::env::current_dir().map(drop)),
+];
+
 /// What must work behind the walls.
 const WORK: &[Attempt] = &[
     ("works-thread", Works, |_| {
@@ -336,7 +356,7 @@ const WORK: &[Attempt] = &[
 ];
 
 fn attempts() -> impl Iterator<Item = &'static Attempt> {
-    [FILES, NETWORK, PROCESSES, KERNEL, WORK].into_iter().flatten()
+    [FILES, NETWORK, PROCESSES, KERNEL, KNOWN, WORK].into_iter().flatten()
 }
 
 fn nix_stdin() -> io::Result<UnixStream> {
@@ -426,8 +446,8 @@ fn run() -> anyhow::Result<ExitCode> {
     if scene.text("walls") == "none" {
         return Ok(judge(attempt.expect("a known attempt")(&scene)));
     }
-    let (sealed, prepared) = behind_walls(walls(&scene)?, CpuChoice::Auto, 2)?;
-    let _proof = sealed.demand()?;
+    let (sealed, prepared) = behind_walls(walls(&scene)?, CpuChoice::Auto, 2);
+    let (_proof, prepared) = (sealed.demand()?, prepared?);
     let Some(attempt) = attempt else { stay() };
     // On a thread that was there before the last filter, as those that compute are, or on the first.
     let on_thread = scene.text("on") == "compute";

@@ -88,6 +88,8 @@ pub(crate) struct Scene {
     identity: Identity,
     folder: TempDir,
     victim: Child,
+    /// A worker of the same user, behind walls of its own: it holds other requests.
+    other: Child,
     tcp: TcpListener,
     _admin: UnixListener,
     _abstract: UnixListener,
@@ -106,6 +108,12 @@ impl Scene {
         for name in ["token", "keys", "removable", "renamable"] {
             fs::write(path.join(name), "secret").expect("written");
         }
+        for folder in ["home/.cache/huggingface", "credentials", "run"] {
+            fs::create_dir_all(path.join(folder)).expect("made");
+        }
+        for name in ["home/.cache/huggingface/token", "credentials/api-keys", "run/state"] {
+            fs::write(path.join(name), "secret").expect("written");
+        }
         symlink(path.join("token"), path.join("model/link")).expect("linked");
         let admin = UnixListener::bind(path.join("admin.sock")).expect("bound");
         fs::set_permissions(path.join("admin.sock"), PermissionsExt::from_mode(0o777)).expect("ours");
@@ -114,9 +122,11 @@ impl Scene {
         let address = SocketAddr::from_abstract_name(&abstract_name).expect("a good name");
         let mut victim = probe("stand-in", &[format!("uid={}", identity.supervisor)]);
         victim.env("HF_TOKEN", "secret");
+        let other = probe("hold", &[format!("uid={}", identity.worker), format!("folder={}", path.display())]);
         Scene {
             identity,
             victim: started(victim),
+            other: started(other),
             tcp: TcpListener::bind("127.0.0.1:0").expect("bound"),
             _admin: admin,
             _abstract: UnixListener::bind_addr(&address).expect("bound"),
@@ -131,6 +141,7 @@ impl Scene {
         let mut arguments = vec![
             format!("folder={}", self.folder.path().display()),
             format!("victim={}", self.victim.id()),
+            format!("other={}", self.other.id()),
             format!("uid={}", self.identity.worker),
             format!("tcp={}", self.tcp.local_addr().expect("bound").port()),
             format!("abstract={}", self.abstract_name),
@@ -198,6 +209,7 @@ impl Scene {
 impl Drop for Scene {
     fn drop(&mut self) {
         end(&mut self.victim);
+        end(&mut self.other);
     }
 }
 

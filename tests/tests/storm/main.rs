@@ -3,6 +3,7 @@
 //! `make test` runs each storm short. `make storm` sets `BULKHEAD_STORM=full`, which runs them in full length and prints what
 //! they measured. Times are printed and never asserted.
 
+mod cost;
 mod every_token;
 mod flat;
 mod kills;

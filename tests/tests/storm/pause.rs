@@ -21,6 +21,9 @@ const MARKS: [&str; 7] = [
     "next token",
 ];
 
+/// What stands in the log in place of the walls where there are none.
+pub(super) const UNWALLED: &str = "worker lacks walls";
+
 /// Gives the time of the day. Units: seconds.
 fn now() -> f64 {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is set");
@@ -28,14 +31,14 @@ fn now() -> f64 {
 }
 
 /// Reads the times at which the lines of the restarts were logged, by their own stamps. Units: seconds of the day.
-fn marks(log: &str) -> Vec<(String, f64)> {
+pub(super) fn marks(log: &str) -> Vec<(String, f64)> {
     let read = |line: &str| {
         let line: Value = serde_json::from_str(line).ok()?;
         let message = line["message"].as_str()?.to_owned();
         let stamp = line["timestamp"].as_str()?;
         let (_, clock) = stamp.trim_end_matches('Z').split_once('T')?;
         let seconds = clock.split(':').try_fold(0.0, |sum, part| Some(sum * 60.0 + part.parse::<f64>().ok()?))?;
-        MARKS.contains(&message.as_str()).then_some((message, seconds))
+        (MARKS.contains(&message.as_str()) || message == UNWALLED).then_some((message, seconds))
     };
     log.lines().filter_map(read).collect()
 }

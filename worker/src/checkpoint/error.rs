@@ -93,6 +93,14 @@ pub enum CheckpointError {
         /// The tensor.
         tensor: String,
     },
+    /// The shards up to this one hold more tensors together than the limit.
+    #[error("{}: with it the checkpoint has more than {max} tensors", .file.display())]
+    TooManyTensors {
+        /// The shard.
+        file: PathBuf,
+        /// The limit.
+        max: usize,
+    },
     /// Two shards hold a tensor of one name.
     #[error("{}: holds tensor {tensor:?}, which {} holds too", .file.display(), .other.display())]
     DuplicateTensor {

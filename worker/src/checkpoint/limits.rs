@@ -4,7 +4,7 @@
 /// in 36 layers) takes a sixth of this.
 pub const HEADER_BYTES_MAX: u64 = 64 << 20;
 
-/// Tensors in one safetensors file, at most.
+/// Tensors in one safetensors file, and in all of a checkpoint, at most.
 pub const TENSORS_MAX: usize = 1 << 20;
 
 /// Dimensions of one tensor, at most.

@@ -144,6 +144,9 @@ impl Checkpoint {
         let header = parse_header(bytes.bytes(), bytes.len() as u64)
             .map_err(|source| CheckpointError::Header { file: path.clone(), source })?;
         let file = self.files.len();
+        if self.tensors.len() + header.tensors.len() > limits::TENSORS_MAX {
+            return Err(CheckpointError::TooManyTensors { file: path, max: limits::TENSORS_MAX });
+        }
         for entry in header.tensors {
             if let Some(other) = self.tensors.get(&entry.name) {
                 let other = self.files[other.file].path.clone();

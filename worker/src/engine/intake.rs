@@ -1,6 +1,7 @@
 //! From a request to a sequence: rendering, tokenising, and judging whether it fits.
 //!
-//! Runs on threads of its own, so that a long prompt never holds up a step of the others.
+//! Runs on threads of its own, so that a long prompt never holds up a step of the others. What is prepared counts as work: a
+//! text that keeps a thread for good makes a worker hang, and the supervisor sees that.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +10,7 @@ use bulkhead_shared::generate::{Generate, Prompt};
 use bulkhead_shared::message::{Failure, FromWorker, detail};
 use crossbeam_channel::{Receiver, Sender};
 
+use super::Status;
 use super::sampler::Sampler;
 use super::sequence::{Sequence, Start};
 use crate::text::answer::{Answer, AnswerKind};
@@ -56,14 +58,20 @@ impl Intake {
         arrivals: &Receiver<Arrival>,
         sequences: &Sender<Sequence>,
         outbox: &Sender<FromWorker>,
+        status: &Arc<Status>,
     ) -> std::io::Result<()> {
         let intake = Arc::new(self);
         for index in 0..THREADS {
             let (intake, arrivals) = (Arc::clone(&intake), arrivals.clone());
-            let (sequences, outbox) = (sequences.clone(), outbox.clone());
-            std::thread::Builder::new()
-                .name(format!("intake-{index}"))
-                .spawn(move || arrivals.iter().for_each(|arrival| intake.take(arrival, &sequences, &outbox)))?;
+            let (sequences, outbox, status) = (sequences.clone(), outbox.clone(), Arc::clone(status));
+            let take = move |arrival| {
+                status.preparing.fetch_add(1, Ordering::Relaxed);
+                intake.take(arrival, &sequences, &outbox);
+                status.prepared.fetch_add(1, Ordering::Relaxed);
+                status.preparing.fetch_sub(1, Ordering::Relaxed);
+            };
+            let run = move || arrivals.iter().for_each(take);
+            std::thread::Builder::new().name(format!("intake-{index}")).spawn(run)?;
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ pub mod single;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use bulkhead_shared::message::{Failure, FromWorker};
 use crossbeam_channel::{Receiver, Sender};
@@ -44,13 +44,17 @@ pub enum EngineError {
     Fault(#[from] faults::OutOfMemory),
 }
 
-/// What the engine tells the thread that answers pings. Written by the engine alone.
+/// What engine and intake tell the thread that answers pings.
 #[derive(Debug, Default)]
 pub struct Status {
-    /// Sequences that run or wait.
+    /// Sequences that run or wait. Written by the engine alone, as the next.
     pub sequences: AtomicU32,
     /// Free blocks of KV cache.
     pub blocks_free: AtomicU32,
+    /// Requests that are being made into sequences. Written by the intake alone, as the next.
+    pub preparing: AtomicU32,
+    /// Requests of which that is over.
+    pub prepared: AtomicU64,
 }
 
 /// How the engine may run.

@@ -53,6 +53,19 @@ pub enum PlanError {
         /// The model's.
         model: u32,
     },
+    /// Nothing is left beside the weights.
+    #[error(
+        "{weights} of weights and {scratch} for a step leave nothing of the {available} of memory that can be had: \
+         give more memory, or serve a smaller model"
+    )]
+    WeightsTooLarge {
+        /// The weights.
+        weights: Bytes,
+        /// The activations of one step.
+        scratch: Bytes,
+        /// What there is.
+        available: Bytes,
+    },
     /// One whole context does not fit.
     #[error(
         "a context of {context} tokens needs {needed} of KV cache, and {granted} can be had: \
@@ -123,7 +136,10 @@ pub fn plan(config: &Config, weights: Bytes, asked: &LoadPlan, available: Bytes)
     let block = shape.full_block_bytes();
     let scratch = Bytes(Decoder::scratch_bytes(config, u64::from(StepTokens::CPU.sum())));
     let granted = match asked.kv_bytes.0 {
-        0 => Bytes(available.0.saturating_sub(weights.0 + scratch.0) / KV_SHARE),
+        0 => match available.0.saturating_sub(weights.0.saturating_add(scratch.0)) {
+            0 => return Err(PlanError::WeightsTooLarge { weights, scratch, available }),
+            left => Bytes(left / KV_SHARE),
+        },
         bytes => Bytes(bytes),
     };
     let blocks_granted = granted.0.saturating_sub(windows).checked_div(block).unwrap_or(u64::MAX);
@@ -295,6 +311,14 @@ mod tests {
         let PlanError::ContextTooLarge { context: 131_072, fits, .. } = error else { panic!("{error}") };
         let second = plan(&config(), Bytes(12 * GIB), &asked(fits, 4, 0), Bytes(16 * GIB));
         assert_eq!(second.expect("what the error says fits").context_tokens, fits);
+    }
+
+    #[test]
+    fn weights_that_leave_nothing_are_named() {
+        let error = plan(&config(), Bytes(64 * GIB), &asked(0, 1, 0), Bytes(64 * GIB)).expect_err("nothing is left");
+        assert!(matches!(error, PlanError::WeightsTooLarge { weights: Bytes(bytes), .. } if bytes == 64 * GIB));
+        // Whoever says how much the cache may take knows better.
+        assert!(plan(&config(), Bytes(64 * GIB), &asked(0, 1, 8 * GIB), Bytes(64 * GIB)).is_ok());
     }
 
     #[test]

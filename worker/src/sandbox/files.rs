@@ -115,7 +115,8 @@ pub fn of_model(folder: &Path) -> Vec<Grant> {
     let whole = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
     if let Some(snapshots) = whole.parent().filter(|parent| parent.ends_with("snapshots")) {
         let blobs = snapshots.with_file_name("blobs");
-        if blobs.is_dir() {
+        // A link in its place would be granted with whatever it leads to, and whoever packed the model may have put it there.
+        if fs::symlink_metadata(&blobs).is_ok_and(|metadata| metadata.is_dir()) {
             grants.push(Grant::read_folder(&blobs));
         }
     }
@@ -212,5 +213,8 @@ mod tests {
         fs::create_dir(&blobs).expect("made");
         assert_eq!(of_model(&snapshot)[1], Grant::read_folder(&fs::canonicalize(&blobs).expect("it is there")));
         assert_eq!(of_model(cache.path()).len(), 1);
+        fs::rename(&blobs, cache.path().join("elsewhere")).expect("ours");
+        std::os::unix::fs::symlink("elsewhere", &blobs).expect("ours");
+        assert_eq!(of_model(&snapshot).len(), 1, "a link is no part of the cache");
     }
 }

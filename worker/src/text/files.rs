@@ -1,7 +1,7 @@
 //! Reads the small files of a model folder whole, but never more than their kind can sensibly be.
 
-use std::fs::File;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::Path;
 
 use crate::text::error::TextError;
@@ -9,19 +9,23 @@ use crate::text::error::TextError;
 /// Reads a file of at most `bytes_max` bytes; `None` where there is none.
 ///
 /// # Errors
-/// `Read` when it exists and cannot be read; `FileTooLarge` above the limit, before anything is reserved for it.
+/// `Read` when it exists and cannot be read, or is no regular file, which is not opened (a pipe would block); `FileTooLarge`
+/// above the limit, before anything is reserved for it.
 pub(crate) fn read_capped(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, TextError> {
     let failed = |source| TextError::Read { path: path.to_owned(), source };
     let too_large = |bytes| TextError::FileTooLarge { path: path.to_owned(), bytes, max: bytes_max };
-    let mut file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+    let metadata = match fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(error)),
     };
-    let bytes = file.metadata().map_err(failed)?.len();
-    if bytes > bytes_max {
-        return Err(too_large(bytes));
+    if !metadata.is_file() {
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
     }
+    if metadata.len() > bytes_max {
+        return Err(too_large(metadata.len()));
+    }
+    let mut file = File::open(path).map_err(failed)?;
     let mut content = Vec::new();
     // The file may grow, or have no size to tell, so the limit holds for what is read too.
     file.by_ref().take(bytes_max + 1).read_to_end(&mut content).map_err(failed)?;

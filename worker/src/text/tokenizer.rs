@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
@@ -40,6 +41,7 @@ pub struct Tokenizer {
     prefix: Vec<u32>,
     strips_first_space: bool,
     tokens: TokenTable,
+    chunks_encoded: AtomicU64,
 }
 
 /// A token that ordinary text never becomes, however it is spelled.
@@ -107,6 +109,7 @@ impl Tokenizer {
             prefix,
             strips_first_space: form == ByteForm::Fallback { strips_first_space: true },
             tokens,
+            chunks_encoded: AtomicU64::new(0),
         })
     }
 
@@ -129,12 +132,19 @@ impl Tokenizer {
             let (chunk, behind) = rest.split_at(bytes);
             let encoding = self.inner.encode_fast(chunk, false).map_err(|source| TextError::Encode { source })?;
             ids.extend_from_slice(encoding.get_ids());
+            self.chunks_encoded.fetch_add(1, Ordering::Relaxed);
             rest = behind;
         }
         match ids.iter().find(|id| self.is_special(**id)) {
             Some(id) => Err(TextError::SpecialFromText { id: *id }),
             None => Ok(ids),
         }
+    }
+
+    /// Counts the chunks of text that were encoded so far: it moves for as long as a long text is being encoded.
+    #[must_use]
+    pub fn chunks_encoded(&self) -> u64 {
+        self.chunks_encoded.load(Ordering::Relaxed)
     }
 
     /// Gives the bytes of an ordinary token: `None` for special ones and for ids that no token has. They need not be

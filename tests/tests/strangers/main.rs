@@ -1,5 +1,7 @@
 //! What a stranger at the public door can do: without a key, from a web page, slowly, or with too much of everything.
 
+mod framing;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
