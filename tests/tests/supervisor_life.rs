@@ -30,7 +30,8 @@ fn begun(mut events: Events) -> Events {
 #[test]
 fn what_a_lying_worker_says_ends_its_incarnation_only() {
     let server = Server::start_fake(&[]);
-    let lies = ["garbage=1", "long-frame=1", "unknown-id=1", "hello=1", "progress=1", "count=1", "flood"];
+    let lies =
+        ["garbage=1", "long-frame=1", "unknown-id=1", "hello=1", "progress=1", "count=1", "logprob=1,-0.5", "flood"];
     for (count, lie) in lies.iter().enumerate() {
         let answer = server.chat(&format!("[{lie}] [once] one two"));
         let content = answer.json()["choices"][0]["message"]["content"].clone();

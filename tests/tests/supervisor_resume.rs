@@ -7,7 +7,7 @@ use std::thread;
 use bulkhead_tests::client;
 use bulkhead_tests::process;
 use bulkhead_tests::server::Server;
-use bulkhead_tests::talk::{CHAT, COMPLETIONS, Reply, read_events, read_stream, with};
+use bulkhead_tests::talk::{CHAT, COMPLETIONS, Reply, listed_text, read_events, read_stream, with};
 use bulkhead_tests::wait;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -23,8 +23,10 @@ fn worker_pid(server: &Server) -> i32 {
 /// Asks whole and streamed, and checks that both get what an undisturbed request gets.
 fn check(server: &Server, disturbance: &str) {
     let script = "[think=2] [call] one two three four";
-    let undisturbed = server.ask(&request(script));
-    let disturbed = request(&format!("{disturbance} {script}"));
+    let told = |text: &str| with(request(text), json!({"logprobs": true, "top_logprobs": 2}));
+    let undisturbed = server.ask(&told(script));
+    assert_eq!(listed_text(&undisturbed.logprobs), undisturbed.content);
+    let disturbed = told(&format!("{disturbance} {script}"));
     let replies = [server.ask(&disturbed), server.ask_stream(&disturbed)];
     for reply in replies {
         let reply = Reply { usage: json!(null), ..reply };

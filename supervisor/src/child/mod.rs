@@ -38,13 +38,22 @@ pub enum Command {
         incarnation: u32,
         /// The request, with the tokens that it has already.
         generate: Box<Generate>,
-        /// Bytes of text that those tokens made.
-        text_bytes: usize,
+        /// What those tokens made.
+        so_far: SoFar,
     },
     /// Give up a request.
     Cancel(RequestId),
     /// The last deaths were one request's doing, and it is gone: the next worker need not wait for them.
     Absolved,
+}
+
+/// What the tokens made that a request has from earlier workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SoFar {
+    /// Bytes of text.
+    pub text_bytes: usize,
+    /// Tokens whose log-probabilities wait for their text to be content.
+    pub logprobs_waiting: usize,
 }
 
 /// What people want of a child.

@@ -25,7 +25,7 @@ use super::oom::Kills;
 use super::protocol::Violation;
 use super::rungs::Rung;
 use super::spawn::Spawner;
-use super::{Command, Control, Progress, Report, Status};
+use super::{Command, Control, Progress, Report, SoFar, Status};
 use crate::limits::{PING_INTERVAL, STOP_TIMEOUT};
 use crate::logging::printable;
 use crate::random;
@@ -163,9 +163,9 @@ impl Runner {
             return;
         };
         match command {
-            Command::Generate { incarnation, generate, text_bytes } if incarnation == current.number => {
+            Command::Generate { incarnation, generate, so_far } if incarnation == current.number => {
                 let id = generate.id;
-                current.protocol.generate_sent(&generate, text_bytes);
+                current.protocol.generate_sent(&generate, so_far);
                 if let Err(error) = current.send(&ToWorker::Generate(generate)) {
                     debug!(request = id.0, %error, "request does not fit a frame");
                     current.protocol.forget(id);
@@ -415,9 +415,10 @@ impl Runner {
             sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
             stop: Vec::new(),
             max_tokens: Some(1),
+            logprobs: None,
             resume: Vec::new(),
         };
-        current.protocol.generate_sent(&generate, 0);
+        current.protocol.generate_sent(&generate, SoFar::default());
         current.send(&ToWorker::Generate(Box::new(generate))).expect("the canary fits a frame");
         None
     }

@@ -17,7 +17,7 @@ use super::{Listed, Refusal};
 use crate::blame::Blame;
 use crate::child::exit::Cause;
 use crate::child::{Command, Report};
-use crate::journal::{End, Journal};
+use crate::journal::{End, Journal, Made};
 use crate::limits::UNREAD_BYTES_MAX;
 use crate::metrics::Metrics;
 use crate::queue::{Bounds, Place, Queue};
@@ -215,13 +215,13 @@ impl Book {
         if !std::mem::replace(&mut entry.was_handed, true) {
             self.metrics.counts().queued.add(now.saturating_duration_since(entry.admitted), 1);
         }
-        let (resume, text_bytes) = entry.journal.so_far();
+        let (resume, so_far) = entry.journal.so_far();
         if !resume.is_empty() {
             self.metrics.counts().resumes += 1;
             debug!(incarnation, request = id.0, tokens = resume.len(), "request is resumed");
         }
         let generate = Box::new(Generate { resume, ..entry.generate.clone() });
-        Some(Command::Generate { incarnation, generate, text_bytes })
+        Some(Command::Generate { incarnation, generate, so_far })
     }
 
     pub(super) fn take_report(&mut self, report: Report) {
@@ -299,10 +299,11 @@ impl Book {
                     self.metrics.counts().prompt_tokens += u64::from(tokens);
                 }
             }
-            FromWorker::Delta { id, tokens, pieces } => {
+            FromWorker::Delta { id, tokens, pieces, logprobs, runs } => {
                 if let Some(entry) = self.requests.get_mut(&id) {
-                    entry.journal.add(&tokens, pieces);
-                    entry.count_tokens(&self.metrics, tokens.len(), Instant::now());
+                    let count = tokens.len();
+                    entry.journal.add(Made { tokens, pieces, logprobs, runs });
+                    entry.count_tokens(&self.metrics, count, Instant::now());
                     if entry.standing == Standing::Running && entry.journal.unread_bytes() > UNREAD_BYTES_MAX {
                         entry.standing = Standing::Holding;
                         self.orders.push_back(Command::Cancel(id));
@@ -310,9 +311,9 @@ impl Book {
                     self.gained(id);
                 }
             }
-            FromWorker::Done { id, pieces, reason, usage } => {
+            FromWorker::Done { id, pieces, runs, reason, usage } => {
                 if let Some(entry) = self.requests.get(&id) {
-                    entry.journal.add(&[], pieces);
+                    entry.journal.add(Made { pieces, runs, ..Made::default() });
                 }
                 self.end(id, End::Done { reason, usage });
             }

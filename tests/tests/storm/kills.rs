@@ -24,7 +24,7 @@ fn requests() -> Vec<Value> {
         greedy("What is 7 plus 5?"),
         with(greedy("What is the weather in Paris?"), json!({"tools": [tool], "max_tokens": 80})),
         with(greedy(QUESTION), seeded(1)),
-        with(greedy("Who are you?"), seeded(2)),
+        with(with(greedy("Who are you?"), seeded(2)), json!({"logprobs": true, "top_logprobs": 5})),
         with(greedy("Count to ten."), json!({"stop": ["five", "6"], "max_tokens": 80})),
         with(
             greedy("Count to ten."),
