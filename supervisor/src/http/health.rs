@@ -81,6 +81,7 @@ pub(crate) fn worker(fleet: &Fleet) -> Value {
         "restarts": status.restarts(),
         "since_s": status.since.elapsed().as_secs(),
         "last_end": status.last_end,
+        "stops_when_idle": fleet.is_stopping(),
         "isolation": status.layers.iter().map(|layer| layer.as_str()).collect::<Vec<_>>(),
     });
     let missing = Layer::missing(&status.layers);

@@ -28,6 +28,8 @@ pub(super) enum Door {
     Loading,
     Open,
     Unserved(String),
+    /// Closed until the worker has been stopped, or is wanted again and this is so again.
+    Stopping(Box<Door>),
     Draining,
 }
 
@@ -41,6 +43,8 @@ pub(super) struct Book {
     orders: VecDeque<Command>,
     /// The incarnation that takes requests now.
     up: Option<u32>,
+    /// The last one that did.
+    last_up: u32,
     last_id: u64,
     last_turn: u64,
     metrics: Arc<Metrics>,
@@ -107,6 +111,7 @@ impl Book {
             requests: HashMap::new(),
             orders: VecDeque::new(),
             up: None,
+            last_up: 0,
             last_id: 0,
             last_turn: 0,
             metrics,
@@ -118,6 +123,7 @@ impl Book {
             Door::Open => Ok(()),
             Door::Loading => Err(Refusal::Loading),
             Door::Unserved(reason) => Err(Refusal::Unserved(reason.clone())),
+            Door::Stopping(_) => Err(Refusal::Stopping),
             Door::Draining => Err(Refusal::Draining),
         }
     }
@@ -149,6 +155,10 @@ impl Book {
         Ok((id, journal))
     }
 
+    pub(super) fn last_up(&self) -> u32 {
+        self.last_up
+    }
+
     pub(super) fn open(&self) -> usize {
         self.requests.len()
     }
@@ -175,6 +185,29 @@ impl Book {
 
     pub(super) fn drain(&mut self) {
         self.door = Door::Draining;
+    }
+
+    /// Takes no more requests until the worker has been stopped. False where the supervisor is ending.
+    pub(super) fn stop(&mut self) -> bool {
+        match &self.door {
+            Door::Draining => return false,
+            Door::Stopping(_) => {}
+            before @ (Door::Loading | Door::Open | Door::Unserved(_)) => {
+                self.door = Door::Stopping(Box::new(before.clone()));
+            }
+        }
+        true
+    }
+
+    /// Takes requests again, if they were refused because the worker was to be stopped: true for that.
+    pub(super) fn stop_not(&mut self) -> bool {
+        let Door::Stopping(before) = &self.door else { return false };
+        self.door = Door::clone(before);
+        true
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        matches!(self.door, Door::Stopping(_))
     }
 
     pub(super) fn end_all(&mut self) {
@@ -229,9 +262,11 @@ impl Book {
             Report::Started { after: None, .. } => {}
             Report::Started { after: Some(cause), .. } => self.metrics.counts().restart(cause.label()),
             Report::Up { incarnation } => {
-                self.up = Some(incarnation);
-                if self.door != Door::Draining {
-                    self.door = Door::Open;
+                (self.up, self.last_up) = (Some(incarnation), incarnation);
+                match &mut self.door {
+                    Door::Draining => {}
+                    Door::Stopping(before) => **before = Door::Open,
+                    door @ (Door::Loading | Door::Open | Door::Unserved(_)) => *door = Door::Open,
                 }
             }
             Report::Message(message) => self.take_message(message),
