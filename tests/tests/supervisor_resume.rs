@@ -1,7 +1,5 @@
 //! A worker's death as clients see it: a pause. With the fake worker, which dies exactly where a test wants it to.
 
-use std::fs;
-use std::path::{Path, PathBuf};
 use std::thread;
 
 use bulkhead_tests::client;
@@ -228,71 +226,4 @@ fn running_requests_survive_a_death_during_the_drain() {
     process::signal(worker, Signal::SIGKILL);
     assert!(read_events(events).1, "the stream ended well");
     assert_eq!(server.wait().code(), Some(0));
-}
-
-/// A control group with little memory, which is removed when it is empty again.
-struct SmallGroup(PathBuf);
-
-impl SmallGroup {
-    /// Makes one below the test's own; `None` where the machine does not let it.
-    fn make() -> Option<SmallGroup> {
-        let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
-        groups.lines().find_map(|line| {
-            let mut parts = line.splitn(3, ':').skip(1);
-            let (controllers, name) = (parts.next()?, parts.next()?.trim_start_matches('/'));
-            let (root, limit) = match controllers {
-                "" => ("/sys/fs/cgroup", "memory.max"),
-                list if list.split(',').any(|one| one == "memory") => {
-                    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
-                }
-                _ => return None,
-            };
-            let group = SmallGroup(Path::new(root).join(name).join(format!("bulkhead-test-{}", std::process::id())));
-            fs::create_dir(&group.0).ok()?;
-            fs::write(group.0.join(limit), (256 << 20).to_string()).is_ok().then_some(group)
-        })
-    }
-
-    fn take_in(&self, pid: i32) {
-        fs::write(self.0.join("cgroup.procs"), pid.to_string()).expect("the group is ours");
-    }
-}
-
-impl Drop for SmallGroup {
-    fn drop(&mut self) {
-        // It may hold a process that is just ending; what is left is empty and harmless.
-        wait::within(wait::DEADLINE, || fs::remove_dir(&self.0).ok());
-    }
-}
-
-#[test]
-fn a_kill_by_the_kernel_for_want_of_memory_is_told_from_others() {
-    let Some(group) = SmallGroup::make() else {
-        println!("skipped: this machine gives no control group with a limit of memory");
-        return;
-    };
-    let server = Server::start_fake(&["--sequences-max", "8"]);
-    group.take_in(server.pid());
-    // The next worker is born in the group.
-    process::signal(worker_pid(&server), Signal::SIGKILL);
-    server.wait_for_health("/workers/0/incarnation", &json!(2));
-    server.wait_until_loaded();
-    check(&server, "[oom=2] [once]");
-    server.wait_for_log("killed by the kernel for want of memory");
-    let causes = server.get("/metrics").text().expect("metrics are text");
-    assert!(causes.contains("cause=\"out_of_memory\"} 2"), "{causes}");
-    let given_up = server.health()["workers"][0]["given_up"].clone();
-    assert_eq!(given_up, json!(["2 requests at once instead of 8, since a worker ran out of memory"]));
-}
-
-#[test]
-fn a_worker_that_passes_its_plan_is_replaced_by_one_that_gets_less() {
-    let server = Server::start_fake(&["--sequences-max", "8"]);
-    // Without a limit of the kernel's it takes a gibibyte, of which no plan knew.
-    check(&server, "[oom=2] [once]");
-    server.wait_for_log("of the host's memory where its plan allows");
-    let causes = server.get("/metrics").text().expect("metrics are text");
-    assert!(causes.contains("cause=\"over_budget\"}"), "{causes}");
-    let given_up = server.health()["workers"][0]["given_up"].clone();
-    assert!(given_up[0].as_str().is_some_and(|words| words.contains("since a worker ran out of memory")), "{given_up}");
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bulkhead_shared::frame;
@@ -11,6 +12,7 @@ use bulkhead_shared::message::{FromWorker, ToWorker};
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
+use super::cgroup::Leaf;
 use super::exit::KillReason;
 use super::link::{self, LinkError};
 use super::oom::Kills;
@@ -33,6 +35,8 @@ pub(super) struct Incarnation {
     pub(super) rest_deadline: Option<Instant>,
     /// The worker's own counter, at the last answer.
     pub(super) progress: u64,
+    /// The process's own control group, where it has one.
+    pub(super) leaf: Option<Arc<Leaf>>,
     /// The kernel's counters when the process was started.
     pub(super) kills_before: Kills,
 }
@@ -52,7 +56,8 @@ impl Incarnation {
             is_link_over: false,
             rest_deadline: None,
             progress: 0,
-            kills_before: Kills::read(),
+            kills_before: Kills::read(spawned.leaf.as_deref()),
+            leaf: spawned.leaf,
         }
     }
 

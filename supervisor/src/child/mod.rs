@@ -5,12 +5,13 @@
 //! before the next one starts; a worker that breaks the protocol is killed; nothing here waits for a client.
 
 mod budget;
+pub mod cgroup;
 pub mod exit;
 mod held;
 mod incarnation;
 pub mod lifecycle;
 mod link;
-mod oom;
+pub mod oom;
 pub mod protocol;
 mod run;
 mod rungs;
@@ -27,6 +28,7 @@ use tokio::sync::{mpsc, watch};
 use crate::limits::CHILD_MESSAGES_MAX;
 use exit::Cause;
 use lifecycle::{Settings, State};
+use oom::Source;
 use spawn::Spawner;
 
 /// What a child is told.
@@ -121,6 +123,8 @@ pub struct Status {
     pub layers: Vec<Layer>,
     /// How far the load is, while there is one.
     pub progress: Option<Progress>,
+    /// By what a kill of the kernel's for want of memory is told, while there is a process.
+    pub oom_source: Option<Source>,
     /// How the last incarnation ended, for people.
     pub last_end: Option<String>,
     /// Blocks of KV cache that are free, by the last sign of life.
@@ -150,6 +154,7 @@ impl Status {
             facts: None,
             layers: Vec::new(),
             progress: None,
+            oom_source: None,
             last_end: None,
             blocks_free: 0,
             moved: None,

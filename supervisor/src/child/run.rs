@@ -286,7 +286,8 @@ impl Runner {
         let Some(current) = self.current.as_ref().filter(|current| current.killed.is_none()) else { return };
         let Some(held) = current.process.id().and_then(held::held_by) else { return };
         let is_on_card = self.plan.device != DeviceChoice::Cpu;
-        let allowed = self.ends.status.borrow().facts.as_ref().map(|facts| held::allowed(&facts.memory, is_on_card));
+        let planned = self.ends.status.borrow().facts.as_ref().map(|facts| held::allowed(&facts.memory, is_on_card));
+        let allowed = planned.map(|planned| self.spawner.host_memory().map_or(planned, |limit| limit.min(planned)));
         if let Some(allowed) = allowed.filter(|allowed| held > *allowed) {
             let detail = format!("it holds {held} of the host's memory where its plan allows {allowed}");
             self.condemn(KillReason::OverBudget, detail).await;
@@ -299,7 +300,7 @@ impl Runner {
         let is_late = current.rest_deadline.is_some_and(|deadline| Instant::now() >= deadline);
         match current.exit {
             Some(status) if current.is_link_over || is_late => {
-                let sign = Kills::read().since(current.kills_before);
+                let sign = Kills::read(current.leaf.as_deref()).since(current.kills_before);
                 let cause = Cause::tell(status, current.killed, sign);
                 self.finish(cause).await;
             }
@@ -378,11 +379,14 @@ impl Runner {
                 let pid = spawned.child.id();
                 info!(incarnation, pid, "worker started");
                 (self.plan.device, self.plan.device_budget) = (spawned.device, spawned.device_budget);
-                self.current = Some(Incarnation::new(incarnation, spawned, self.spawner.sandbox()));
+                let current = self.current.insert(Incarnation::new(incarnation, spawned, self.spawner.sandbox()));
+                let source = current.kills_before.source();
+                debug!(incarnation, source = source.as_str(), "kills for want of memory are told");
                 self.report(Report::Started { incarnation, after: self.last_cause }).await;
                 self.ends.status.send_modify(|status| {
                     status.pid = pid;
                     status.incarnation = incarnation;
+                    status.oom_source = Some(source);
                 });
                 None
             }
