@@ -202,16 +202,21 @@ fn a_slow_reader_stops_its_own_sequence_only() {
     let body = with(request(&format!("[repeat={WORDS}] {word}")), json!({"stream": true}));
     let slow = client::send_and_hold(server.address, CHAT, &body.to_string()).expect("the server listens");
     server.wait_for_log("request waits for its reader");
-    // The others go on, and it stands still.
+    // The others go on, and it stands still, once the system's buffers have taken what they take beyond that.
+    let mut others = 0;
+    wait::until("its sequence stands still", || {
+        let tokens = metric(&server, "bulkhead:generation_tokens_total");
+        assert_eq!(server.chat("one two").status, 200);
+        others += 2;
+        (metric(&server, "bulkhead:generation_tokens_total") == tokens + 2).then_some(())
+    });
     let tokens = metric(&server, "bulkhead:generation_tokens_total");
     assert!(tokens < WORDS as u64, "{tokens}");
-    assert_eq!(server.chat("one two").status, 200);
-    assert_eq!(metric(&server, "bulkhead:generation_tokens_total"), tokens + 2);
     // When it reads, it gets all of it, and each token once.
     let reply = read_stream(client::receive(slow).expect("the head comes").events()).expect("the stream ends in order");
     assert_eq!((reply.error, reply.finish_reason.as_str()), (None, "stop"));
     assert_eq!(reply.content, vec![word.as_str(); WORDS].join(" "));
-    assert_eq!(metric(&server, "bulkhead:generation_tokens_total"), WORDS as u64 + 2);
+    assert_eq!(metric(&server, "bulkhead:generation_tokens_total"), WORDS as u64 + others);
     assert!(metric(&server, "bulkhead:resumes_total") >= 1);
 }
 
