@@ -88,7 +88,7 @@ pub fn decode<T: bincode::Decode<()>>(payload: &[u8]) -> Result<T, FrameError> {
 mod tests {
     use super::*;
     use crate::limits::{FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
-    use crate::message::{FromWorker, Piece, ToWorker};
+    use crate::message::{FromWorker, Logprobs, Piece, ToWorker, TokenLogprob, TokenRun, TokenText};
     use crate::units::RequestId;
 
     fn ping() -> Vec<u8> {
@@ -101,6 +101,11 @@ mod tests {
             id: RequestId(3),
             tokens: vec![1, 200_002],
             pieces: vec![Piece::Content("grüß dich".into()), Piece::Reasoning(String::new())],
+            logprobs: vec![Logprobs {
+                chosen: TokenLogprob { token: TokenText::Bytes(vec![0xc3]), logprob: -0.25 },
+                top: vec![TokenLogprob { token: TokenText::Special("<|return|>".into()), logprob: -9999.0 }],
+            }],
+            runs: vec![TokenRun { skipped: 0, listed: 1 }],
         };
         let frame = encode(&message, FROM_WORKER_FRAME_BYTES_MAX).expect("a delta fits");
         let prefix = frame[..LENGTH_BYTES].try_into().expect("four bytes");

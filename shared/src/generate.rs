@@ -21,6 +21,9 @@ pub struct Generate {
     pub stop: Vec<String>,
     /// Tokens to generate, at most; `None`: until the context is full.
     pub max_tokens: Option<u32>,
+    /// Whether the log-probabilities of the tokens of content are told, and those of how many of the most likely tokens in
+    /// each one's place.
+    pub logprobs: Option<u32>,
     /// Token ids that an earlier worker has produced for this request: they are replayed, and generation goes on behind
     /// them. Empty for a new request.
     pub resume: Vec<u32>,

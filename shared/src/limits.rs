@@ -44,6 +44,22 @@ pub const DELTA_TOKENS_MAX: usize = 1024;
 /// Bytes of text in the pieces of one `Delta`, at most. A tool call travels as one piece.
 pub const DELTA_TEXT_BYTES_MAX: usize = 512 * 1024;
 
+/// Tokens in the place of a generated one whose log-probabilities may be asked for, at most (OpenAI's own limit in
+/// conversations).
+pub const LOGPROBS_TOP_MAX: u32 = 20;
+
+/// Log-probabilities that are computed for one answer, at most: those of its tokens and those in their places.
+pub const LOGPROBS_MAX: u32 = 1 << 18;
+
+/// The least log-probability that is told (OpenAI's own); what is less likely is told as this.
+pub const LOGPROB_MIN: f32 = -9999.0;
+
+/// Bytes of one token as text, at most, where log-probabilities are told.
+pub const TOKEN_BYTES_MAX: usize = 256;
+
+/// Runs of tokens in one message, at most: between two of them there is text that a stop string held back.
+pub const TOKEN_RUNS_MAX: usize = 2 * STOP_STRING_BYTES_MAX;
+
 /// Tokens that any model may have as its context, at most.
 pub const CONTEXT_TOKENS_MAX: u32 = 1 << 20;
 
@@ -58,8 +74,20 @@ pub const DEVICE_BUDGET_MAX: Bytes = Bytes(22 << 30);
 
 const MIB: usize = 1024 * 1024;
 
+/// Gives the tokens that an answer may have, at most, with the log-probabilities of so many tokens in each one's place.
+#[must_use]
+pub const fn logprob_tokens_max(top: u32) -> u32 {
+    LOGPROBS_MAX / (1 + top)
+}
+
 const _: () = assert!(BODY_BYTES_MAX < TO_WORKER_FRAME_BYTES_MAX);
-const _: () = assert!(DELTA_TEXT_BYTES_MAX + 8 * DELTA_TOKENS_MAX < FROM_WORKER_FRAME_BYTES_MAX);
+const _: () = assert!(
+    DELTA_TEXT_BYTES_MAX
+        + 8 * DELTA_TOKENS_MAX
+        + (1 + LOGPROBS_TOP_MAX as usize) * (TOKEN_BYTES_MAX + 16)
+        + 10 * TOKEN_RUNS_MAX
+        < FROM_WORKER_FRAME_BYTES_MAX
+);
 const _: () = assert!(TOOL_SCHEMA_BYTES_MAX < BODY_BYTES_MAX);
 const _: () = assert!(STOP_STRINGS_MAX * STOP_STRING_BYTES_MAX < BODY_BYTES_MAX);
 const _: () = assert!(TO_WORKER_FRAME_BYTES_MAX <= u32::MAX as usize);

@@ -13,7 +13,7 @@ use crate::limits::{DETAIL_BYTES_MAX, DEVICE_BUDGET_MAX};
 use crate::units::{Bytes, RequestId};
 
 /// The version of everything in this crate. Both sides come from one build; a difference is refused at `Hello`.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// What a supervisor tells its worker.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
@@ -78,6 +78,11 @@ pub enum FromWorker {
         tokens: Vec<u32>,
         /// The text that these tokens completed, by kind. May be empty: a marker, or an unfinished character.
         pieces: Vec<Piece>,
+        /// The log-probabilities of those of these tokens that are in the content or may come to be; empty unless they were
+        /// asked for. They wait until a run says what becomes of them.
+        logprobs: Vec<Logprobs>,
+        /// What becomes of log-probabilities that wait, in their order.
+        runs: Vec<TokenRun>,
     },
     /// A request ended well.
     Done {
@@ -85,6 +90,8 @@ pub enum FromWorker {
         id: RequestId,
         /// Text that was held back until the end was certain.
         pieces: Vec<Piece>,
+        /// The tokens of that text. Whatever waits behind them is in no content.
+        runs: Vec<TokenRun>,
         /// Why it ended.
         reason: FinishReason,
         /// What it used.
@@ -298,6 +305,60 @@ pub enum Piece {
         /// The arguments as the model wrote them, meant to be JSON.
         arguments: String,
     },
+}
+
+/// How likely the model took a generated token to be, and others in its place: natural logarithms, before temperature,
+/// penalties and filters.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Logprobs {
+    /// The token that was generated.
+    pub chosen: TokenLogprob,
+    /// The most likely tokens, the likeliest first; the generated one may be among them.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// A token with its log-probability.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct TokenLogprob {
+    /// What the token stands for.
+    pub token: TokenText,
+    /// Bounds: `LOGPROB_MIN` to 0, inclusive.
+    pub logprob: f32,
+}
+
+/// What a token stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum TokenText {
+    /// These bytes of text: perhaps a part of a character only.
+    Bytes(Vec<u8>),
+    /// No text: a special token, by its name.
+    Special(String),
+}
+
+impl TokenText {
+    /// Counts the bytes that this carries.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            TokenText::Bytes(bytes) => bytes.len(),
+            TokenText::Special(name) => name.len(),
+        }
+    }
+
+    /// Says whether it carries none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What becomes of the next tokens whose log-probabilities wait: first those that are in no content, then those that are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct TokenRun {
+    /// Tokens of headers and tool calls.
+    pub skipped: u32,
+    /// Tokens of the content of this message, at least one.
+    pub listed: u32,
 }
 
 /// Why a request ended well.

@@ -58,6 +58,13 @@ pub(crate) const KEYS: &[Key] = &[
     key("aliases", Kind::List, "", "further names of the model in the API"),
     key("device", Kind::Text, "auto", "where to compute: auto, cpu or cuda:N"),
     key("device_memory", Kind::Text, "0", "most that is held on a card, such as 16GiB; 0: 22 GiB or 90 % of the card"),
+    key("host_memory", Kind::Text, "0", "most that a worker holds of the host's memory, such as 16GiB; 0: as planned"),
+    key(
+        "worker_cgroup",
+        CGROUP,
+        "auto",
+        "whether a worker gets a control group of its own: auto (if possible), or off",
+    ),
     key(
         "kv_cache_type",
         KV_CACHE,
@@ -88,12 +95,13 @@ pub(crate) const KEYS: &[Key] = &[
     key("faults.hang_after_steps", Kind::Maybe, "", "for tests: steps after which a worker stands still [never]"),
 ];
 
+const CGROUP: Kind = Kind::Choice(&["auto", "off"]);
 const LANDLOCK: Kind = Kind::Number { min: 1, max: 6 };
 const CONTEXT: Kind = Kind::Number { min: 0, max: CONTEXT_TOKENS_MAX as u64 };
 const KV_CACHE: Kind = Kind::Choice(&[KvType::Bf16.as_str(), KvType::Int8.as_str()]);
 const SEQUENCES: Kind = Kind::Number { min: 1, max: WORKER_REQUESTS_MAX as u64 };
-const DEVICE_MEMORY_MIN: Bytes = Bytes(256 << 20);
-const DEVICE_MEMORY_MAX: Bytes = Bytes(1 << 42);
+const MEMORY_MIN: Bytes = Bytes(256 << 20);
+const MEMORY_MAX: Bytes = Bytes(1 << 42);
 const QUEUE_BYTES: Kind = Kind::Number { min: 1 << 20, max: 1 << 40 };
 const ZERO: Duration = Duration::ZERO;
 const TENTH: Duration = Duration::from_millis(100);
@@ -121,6 +129,10 @@ pub struct Config {
     pub device: DeviceSetting,
     /// What may be held on a card; 0 is a share of it.
     pub device_memory: Bytes,
+    /// What a worker may hold of the host's memory; 0 is what its plan says.
+    pub host_memory: Bytes,
+    /// Whether a worker gets a control group of its own, where one can be made.
+    pub worker_cgroup: WorkerCgroup,
     /// How keys and values are kept.
     pub kv_cache_type: KvType,
     /// Threads that compute; 0 lets the worker count.
@@ -170,6 +182,15 @@ pub enum DeviceSetting {
     Cpu,
     /// On the CUDA card of this number.
     Cuda(u32),
+}
+
+/// Whether a worker gets a control group of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerCgroup {
+    /// Where one can be made.
+    Auto,
+    /// It stays in the supervisor's.
+    Off,
 }
 
 /// The form of the log.
@@ -321,6 +342,7 @@ impl Settings {
             self.check("cors_origins", faults, || access::origins(self.list("cors_origins")), Vec::new());
         let device = self.check("device", faults, || parse_device(self.text("device")), DeviceSetting::Auto);
         let memory = self.check("device_memory", faults, || parse_memory(self.text("device_memory")), Bytes(0));
+        let host_memory = self.check("host_memory", faults, || parse_memory(self.text("host_memory")), Bytes(0));
         let kv_cache_type = if self.text("kv_cache_type") == "int8" { KvType::Int8 } else { KvType::Bf16 };
         if device == DeviceSetting::Cpu && kv_cache_type == KvType::Int8 {
             let reason = "int8 is for a CUDA card and device is cpu: set it to bf16".to_owned();
@@ -344,6 +366,8 @@ impl Settings {
             aliases: self.list("aliases"),
             device,
             device_memory: memory,
+            host_memory,
+            worker_cgroup: if self.text("worker_cgroup") == "off" { WorkerCgroup::Off } else { WorkerCgroup::Auto },
             kv_cache_type,
             threads: self.small("threads"),
             // One of the words, or a fault that is reported.
@@ -459,8 +483,8 @@ fn parse_memory(text: &str) -> Result<Bytes, String> {
     let bytes = |unit: u64| text[..digits].parse::<f64>().ok().map(|number| (number * unit as f64) as u64);
     match unit.and_then(bytes) {
         Some(bytes) if bytes == 0 && text == "0" => Ok(Bytes(0)),
-        Some(bytes) if (DEVICE_MEMORY_MIN..=DEVICE_MEMORY_MAX).contains(&Bytes(bytes)) => Ok(Bytes(bytes)),
-        Some(bytes) => Err(format!("{} is not from {DEVICE_MEMORY_MIN} to {DEVICE_MEMORY_MAX}", Bytes(bytes))),
+        Some(bytes) if (MEMORY_MIN..=MEMORY_MAX).contains(&Bytes(bytes)) => Ok(Bytes(bytes)),
+        Some(bytes) => Err(format!("{} is not from {MEMORY_MIN} to {MEMORY_MAX}", Bytes(bytes))),
         None => Err(format!("{text:?} is not an amount of memory: use a number with GiB or MiB, such as 16GiB, or 0")),
     }
 }

@@ -11,7 +11,7 @@ use crate::child::{Control, Status};
 use crate::device::Devices;
 use crate::limits::SLUGGISH_AFTER;
 use crate::metrics::{Metrics, Now};
-use crate::tickets::Tickets;
+use crate::tickets::{Refusal, Tickets};
 
 /// A model, its names and its child.
 #[derive(Debug)]
@@ -105,6 +105,12 @@ impl Fleet {
         self.seen.controls.try_send(control).is_ok()
     }
 
+    /// Says whether the worker ends when the requests that it has have ended.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.tickets.check_door() == Err(Refusal::Stopping)
+    }
+
     /// Gives a handle that sees each change of the child.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Status> {
@@ -134,6 +140,9 @@ impl Fleet {
         let status = self.seen.status.borrow();
         let last_end = || status.last_end.as_ref().map_or(String::new(), |end| format!("; the last one {end}"));
         match status.state {
+            State::Running if self.is_stopping() => {
+                Health::Unhealthy("the worker ends when its requests have ended".into())
+            }
             State::Running => {
                 let silence = status.moved.map_or_else(Default::default, |moved| now.saturating_duration_since(moved));
                 if silence >= SLUGGISH_AFTER {

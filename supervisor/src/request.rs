@@ -106,8 +106,9 @@ pub fn chat(body: &[u8], admission: Admission) -> Result<Request, RequestError> 
     let mut fields = Fields::body(body)?;
     let seed = admission.seed;
     let conversation = chat::conversation(&mut fields, admission.date)?;
-    let max_tokens = params::max_tokens(&mut fields)?;
-    finish(fields, Prompt::Chat(conversation), max_tokens, seed)
+    let limits = Limits { max_tokens: params::max_tokens(&mut fields)?, logprobs: params::chat_logprobs(&mut fields)? };
+    params::check_logprobs("top_logprobs", limits.logprobs, limits.max_tokens)?;
+    finish(fields, Prompt::Chat(conversation), limits, seed)
 }
 
 /// Checks the body of a request to `/v1/completions`.
@@ -118,16 +119,25 @@ pub fn completion(body: &[u8], admission: Admission) -> Result<Request, RequestE
     let mut fields = Fields::body(body)?;
     let prompt = params::prompt(&mut fields)?;
     let max_tokens = params::max_tokens(&mut fields)?.or(Some(COMPLETION_TOKENS_DEFAULT));
-    finish(fields, prompt, max_tokens, admission.seed)
+    let limits = Limits { max_tokens, logprobs: params::completion_logprobs(&mut fields)? };
+    params::check_logprobs("logprobs", limits.logprobs, limits.max_tokens)?;
+    finish(fields, prompt, limits, admission.seed)
 }
 
-fn finish(mut fields: Fields<'_>, prompt: Prompt, max_tokens: Option<u32>, seed: u64) -> Result<Request, RequestError> {
+/// What the two kinds of request say differently: how much is generated, and how much is told of it.
+struct Limits {
+    max_tokens: Option<u32>,
+    logprobs: Option<u32>,
+}
+
+fn finish(mut fields: Fields<'_>, prompt: Prompt, limits: Limits, seed: u64) -> Result<Request, RequestError> {
+    let Limits { max_tokens, logprobs } = limits;
     let model = fields.take::<String>("model", "must be a string")?;
     let delivery = params::delivery(&mut fields)?;
     let sampling = params::sampling(&mut fields, seed)?;
     let stop = params::stop(&mut fields)?;
     params::check_rest(fields)?;
-    let generate = Generate { id: RequestId(0), prompt, sampling, stop, max_tokens, resume: Vec::new() };
+    let generate = Generate { id: RequestId(0), prompt, sampling, stop, max_tokens, logprobs, resume: Vec::new() };
     Ok(Request { model, delivery, generate })
 }
 

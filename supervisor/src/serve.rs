@@ -1,6 +1,7 @@
 //! The life of the supervisor: checks, opens its doors, runs, and ends in order.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,16 +13,17 @@ use nix::sys::socket::{Backlog, listen};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::admin::command::Desk;
 use crate::admin::server::AdminSocket;
 use crate::admin::{self, AdminError};
+use crate::child::cgroup::{Leaf, NoLeaf};
 use crate::child::lifecycle::Settings;
-use crate::child::spawn::{Spawner, Startup};
+use crate::child::spawn::{Host, Spawner, Startup};
 use crate::child::{self, Control};
 use crate::config::paths::{self, PathError};
-use crate::config::{Config, DeviceSetting, Loaded};
+use crate::config::{Config, DeviceSetting, Loaded, WorkerCgroup};
 use crate::device::{Answer, Devices, Programs, Refused};
 use crate::fleet::{self, Fleet};
 use crate::http::{self, Door};
@@ -98,6 +100,7 @@ pub struct Gate {
     keys: Arc<Keys>,
     walls: Arc<Walls>,
     warnings: Vec<String>,
+    leaf: Result<Arc<Leaf>, NoLeaf>,
 }
 
 /// Opens the gate and puts up the supervisor's walls, for good.
@@ -116,9 +119,15 @@ pub fn enclose(begun: Begun, config: &Config) -> Result<Gate, StartError> {
     let address = listener.local_addr().map_err(listening)?;
     paths::make_runtime_dir(&config.runtime_dir, &identity)?;
     let may_use_card = config.device != DeviceSetting::Cpu && config.worker_cuda.is_file();
-    let walls = walls::raise(begun, &identity, &walls::writable(config.runtime_dir.clone(), may_use_card))?;
+    let leaf = match config.worker_cgroup {
+        WorkerCgroup::Auto => Leaf::make(host_memory(config)).map(Arc::new),
+        WorkerCgroup::Off => Err(NoLeaf::Off),
+    };
+    let control_group = leaf.as_ref().ok().and_then(|leaf| leaf.parent()).map(Path::to_owned);
+    let writable = walls::writable(config.runtime_dir.clone(), control_group, may_use_card);
+    let walls = walls::raise(begun, &identity, &writable)?;
     let warnings = outcome.warning.into_iter().chain(walls.warnings().iter().cloned()).collect();
-    Ok(Gate { listener, address, keys: Arc::new(keys), walls: Arc::new(walls), warnings })
+    Ok(Gate { listener, address, keys: Arc::new(keys), walls: Arc::new(walls), warnings, leaf })
 }
 
 /// Runs the supervisor until a signal ends it. `recent` is what `bulkheadctl tail` shows.
@@ -131,6 +140,7 @@ pub async fn serve(loaded: Loaded, recent: Arc<Recent>, gate: Gate) -> Result<En
     let mut signals = Signals::new().map_err(|source| StartError::System { what: "take over signals", source })?;
     info!(address = %doors.address, model = config.model_id, folder = doors.model_dir, "bulkhead serves");
     info!(user = doors.walls.user(), walls = ?doors.walls.walls(), "the supervisor's walls stand");
+    tell_leaf(&doors.leaf);
     warnings.extend(doors.warnings.iter().cloned());
     warnings.iter().for_each(|warning| warn!("{warning}"));
     if matches!(config.sandbox, SandboxMode::Off | SandboxMode::Log) {
@@ -174,6 +184,7 @@ struct Doors {
     keys: Arc<Keys>,
     walls: Arc<Walls>,
     warnings: Vec<String>,
+    leaf: Result<Arc<Leaf>, NoLeaf>,
     admin: AdminSocket,
     devices: Devices,
     spawner: Spawner,
@@ -183,7 +194,7 @@ struct Doors {
 
 impl Doors {
     async fn open(config: &Config, gate: Gate) -> Result<Doors, StartError> {
-        let Gate { listener, address, keys, walls, warnings } = gate;
+        let Gate { listener, address, keys, walls, warnings, leaf } = gate;
         let model_dir = paths::check_model(&config.model)?;
         paths::check_worker(&config.worker)?;
         let (closing, is_closing) = watch::channel(false);
@@ -201,11 +212,43 @@ impl Doors {
             sandbox: config.sandbox,
             landlock_abi_min: config.landlock_abi_min,
         };
-        let spawner = Spawner::new(devices.clone(), config.device_memory, startup);
+        let host = Host {
+            device_memory: config.device_memory,
+            memory: host_memory(config),
+            leaf: leaf.as_ref().ok().cloned(),
+        };
+        let spawner = Spawner::new(devices.clone(), host, startup);
         let spawner = spawner.map_err(|source| StartError::System { what: "start a thread", source })?;
         let admin = admin::server::open(&config.runtime_dir)?;
-        Ok(Doors { model_dir, listener, address, keys, walls, warnings, admin, devices, spawner, closing, is_closing })
+        Ok(Doors {
+            model_dir,
+            listener,
+            address,
+            keys,
+            walls,
+            warnings,
+            leaf,
+            admin,
+            devices,
+            spawner,
+            closing,
+            is_closing,
+        })
     }
+}
+
+/// Says in the log whether a kill by the kernel will be told for certain.
+fn tell_leaf(leaf: &Result<Arc<Leaf>, NoLeaf>) {
+    match leaf {
+        Ok(_) => {
+            info!("workers have a control group of their own, which tells when the kernel kills one for want of memory")
+        }
+        Err(reason) => info!(%reason, "workers have no control group of their own"),
+    }
+}
+
+fn host_memory(config: &Config) -> Option<Bytes> {
+    Some(config.host_memory).filter(|memory| *memory > Bytes(0))
 }
 
 /// The tasks of a running supervisor and the handles that end them.
@@ -217,6 +260,7 @@ struct Running {
     http: JoinHandle<()>,
     admin_open: mpsc::Sender<()>,
     admin: JoinHandle<()>,
+    leaf: Option<Arc<Leaf>>,
     /// Keeps the thread alive that spawned the worker: with the thread ends the worker.
     _spawner: Spawner,
 }
@@ -244,6 +288,7 @@ impl Running {
             admin_open,
             admin: tokio::spawn(doors.admin.serve(desk, is_open)),
             tickets,
+            leaf: doors.leaf.ok(),
             _spawner: doors.spawner,
         }
     }
@@ -262,6 +307,11 @@ impl Running {
         let both = async { tokio::join!(self.child, self.http) };
         if tokio::time::timeout(budget.rest, both).await.is_err() {
             warn!("the worker or a connection did not end in time");
+        }
+        for leaf in self.leaf.iter() {
+            if let Err(error) = leaf.remove() {
+                debug!(%error, "the worker's control group stays until the next start");
+            }
         }
         drop(self.admin_open);
         // It only removes its socket; where that fails, the next start replaces a stale one.

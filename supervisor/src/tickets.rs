@@ -30,6 +30,9 @@ pub enum Refusal {
     /// No worker will come.
     #[error("the model cannot be served: {0}")]
     Unserved(String),
+    /// The worker ends when the requests that it has have ended.
+    #[error("the model is being stopped")]
+    Stopping,
     /// The supervisor is ending.
     #[error("the server is shutting down")]
     Draining,
@@ -50,6 +53,7 @@ impl Refusal {
         match self {
             Refusal::Loading => "loading",
             Refusal::Unserved(_) => "unserved",
+            Refusal::Stopping => "stopping",
             Refusal::Draining => "draining",
             Refusal::Full { .. } => "full",
         }
@@ -76,6 +80,8 @@ pub struct Tickets {
     wake: Notify,
     /// Requests that have not ended: zero lets a drain end.
     open: watch::Sender<usize>,
+    /// The last incarnation that took requests.
+    up: watch::Sender<u32>,
     timeout: Duration,
     metrics: Arc<Metrics>,
 }
@@ -118,7 +124,14 @@ impl Tickets {
     #[must_use]
     pub fn new(bounds: Bounds, timeout: Duration, metrics: Arc<Metrics>) -> Arc<Tickets> {
         let book = Mutex::new(Book::new(bounds, metrics.clone()));
-        Arc::new(Tickets { book, wake: Notify::new(), open: watch::Sender::new(0), timeout, metrics })
+        Arc::new(Tickets {
+            book,
+            wake: Notify::new(),
+            open: watch::Sender::new(0),
+            up: watch::Sender::new(0),
+            timeout,
+            metrics,
+        })
     }
 
     /// Says whether a request would be taken now, as far as the state of the service goes.
@@ -176,6 +189,27 @@ impl Tickets {
         self.settle(book);
     }
 
+    /// Refuses new requests until the worker has been stopped or is wanted again. False where the supervisor is ending.
+    #[must_use]
+    pub fn stop(&self) -> bool {
+        self.lock().stop()
+    }
+
+    /// Takes requests again that were refused by `stop`: true for that.
+    pub fn stop_not(&self) -> bool {
+        self.lock().stop_not()
+    }
+
+    /// Waits until the last request has ended and calls `then`, unless the worker is wanted again by then. Whoever calls
+    /// `stop_not` comes before or after that as a whole.
+    pub async fn when_stopped(&self, then: impl FnOnce()) {
+        self.wait_until_idle().await;
+        let book = self.lock();
+        if book.is_stopping() && book.open() == 0 {
+            then();
+        }
+    }
+
     /// Ends every request that is left.
     pub fn end_all(&self) {
         let mut book = self.lock();
@@ -187,6 +221,11 @@ impl Tickets {
     pub async fn wait_until_idle(&self) {
         // The sender lives in `self`, so waiting cannot fail.
         drop(self.open.subscribe().wait_for(|open| *open == 0).await);
+    }
+
+    /// Waits until an incarnation that runs takes requests.
+    pub async fn wait_until_up(&self, incarnation: u32) {
+        drop(self.up.subscribe().wait_for(|up| *up >= incarnation).await);
     }
 
     /// Serves one child until its reports end.
@@ -220,9 +259,10 @@ impl Tickets {
 
     /// Publishes the number of open requests, lets go of the lock and wakes the loop.
     fn settle(&self, book: MutexGuard<'_, Book>) {
-        let open = book.open();
+        let (open, up) = (book.open(), book.last_up());
         drop(book);
         self.open.send_if_modified(|known| std::mem::replace(known, open) != open);
+        self.up.send_if_modified(|known| std::mem::replace(known, up) != up);
         self.wake.notify_one();
     }
 

@@ -134,6 +134,41 @@ def test_completions(client, prompt):
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == whole.choices[0].text
 
 
+def test_logprobs(client):
+    answer = ask(client, logprobs=True, top_logprobs=3).choices[0]
+    tokens = answer.logprobs.content
+    assert b"".join(bytes(token.bytes) for token in tokens).decode() == answer.message.content
+    for token in tokens:
+        assert token.token.encode() == bytes(token.bytes)
+        assert len(token.top_logprobs) == 3
+        # At temperature 0 it is the most likely one.
+        assert (token.token, token.logprob) == (token.top_logprobs[0].token, token.top_logprobs[0].logprob)
+    streamed = []
+    for chunk in ask(client, logprobs=True, top_logprobs=3, stream=True):
+        for choice in chunk.choices:
+            if choice.logprobs:
+                streamed += choice.logprobs.content
+    assert streamed == tokens
+    assert ask(client).choices[0].logprobs is None
+
+
+def test_logprobs_of_completions(client):
+    fields = {"model": MODEL, "prompt": "Bulkhead is", "temperature": 0, "max_tokens": 8, "logprobs": 2}
+    choice = client.completions.create(**fields).choices[0]
+    told = choice.logprobs
+    assert "".join(told.tokens) == choice.text
+    for token, number, top, offset in zip(
+        told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True
+    ):
+        assert choice.text[offset:].startswith(token)
+        assert top[token] == number <= 0
+        assert len(top) == 2
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**fields, stream=True)]
+    streamed = [part for part in streamed if part]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert sum((getattr(part, name) for part in streamed), []) == getattr(told, name)
+
+
 def test_models(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
@@ -156,7 +191,8 @@ def test_unknown_model(client):
         ({"n": 2}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"extra_body": {"temprature": 1}}, "temprature"),
     ],

@@ -44,6 +44,8 @@ pub struct Reply {
     pub reasoning: String,
     /// Its calls: name and arguments as text.
     pub calls: Vec<(String, String)>,
+    /// What is told of the tokens of the content; empty where nothing was asked.
+    pub logprobs: Vec<Value>,
     /// Why it ended.
     pub finish_reason: String,
     /// What it used; null where a stream was not asked for it.
@@ -154,6 +156,7 @@ pub fn whole(body: &Value) -> Reply {
     assert_eq!(message["role"], "assistant", "{body}");
     let mut reply = Reply { usage: body["usage"].clone(), ..Reply::default() };
     append(&mut reply, message);
+    reply.logprobs = tokens(&choice["logprobs"]);
     reply.finish_reason = choice["finish_reason"].as_str().expect("a whole answer says why it ended").to_owned();
     reply
 }
@@ -204,9 +207,32 @@ fn take_chunk(reply: &mut Reply, chunk: &Value) {
     let Some(choice) = chunk["choices"].get(0) else { return };
     assert!(reply.finish_reason.is_empty(), "nothing comes behind finish_reason: {chunk}");
     append(reply, &choice["delta"]);
+    let told = tokens(&choice["logprobs"]);
+    let content = choice["delta"]["content"].as_str().unwrap_or_default();
+    assert!(told.is_empty() || !content.is_empty(), "tokens come with their content: {chunk}");
+    reply.logprobs.extend(told);
     if let Some(reason) = choice["finish_reason"].as_str() {
         reply.finish_reason = reason.to_owned();
     }
+}
+
+/// Takes the tokens of a conversation's `logprobs`.
+fn tokens(logprobs: &Value) -> Vec<Value> {
+    if logprobs.is_null() {
+        return Vec::new();
+    }
+    logprobs["content"].as_array().unwrap_or_else(|| panic!("no list of tokens: {logprobs}")).clone()
+}
+
+/// Puts the bytes of listed tokens together.
+///
+/// # Panics
+/// When they are no text, or a token has no bytes.
+#[must_use]
+pub fn listed_text(tokens: &[Value]) -> String {
+    let bytes = |token: &Value| token["bytes"].as_array().unwrap_or_else(|| panic!("no bytes: {token}")).clone();
+    let byte = |byte: Value| byte.as_u64().and_then(|byte| u8::try_from(byte).ok()).expect("bytes are small numbers");
+    String::from_utf8(tokens.iter().flat_map(bytes).map(byte).collect()).expect("they are text together")
 }
 
 /// Adds a message, or a part of one. The two names of reasoning must always agree.

@@ -12,6 +12,7 @@ use bulkhead_tests::checkpoint::Tensors;
 use bulkhead_tests::oracle;
 use bulkhead_tests::process;
 use bulkhead_tests::server::binary;
+use bulkhead_tests::skip;
 use bulkhead_tests::synth::{Format, Order, synthesize};
 use bulkhead_worker::checkpoint::{Checkpoint, CheckpointError};
 use bulkhead_worker::convert::{self, ConvertArgs, ConvertError, Head, MANIFEST_FILE, Manifest, Quant};
@@ -432,7 +433,7 @@ fn transformers_loads_a_dense_model() -> Result<()> {
     let output = match python {
         Ok(output) => output,
         Err(error) => {
-            println!("skipped: no python3: {error}");
+            skip(&format!("no python3: {error}"));
             return Ok(());
         }
     };
@@ -440,7 +441,7 @@ fn transformers_loads_a_dense_model() -> Result<()> {
     let text = String::from_utf8(output.stdout)?;
     let answer: Value = serde_json::from_str(text.lines().last().context("an answer")?)?;
     if let Some(reason) = answer["skipped"].as_str() {
-        println!("skipped: transformers with bitsandbytes is not there: {reason}");
+        skip(&format!("transformers with bitsandbytes is not there: {reason}"));
         return Ok(());
     }
     let expected: Vec<Vec<f32>> = serde_json::from_value(answer["logits"].clone())?;

@@ -213,7 +213,8 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         (json!({"max_completion_tokens": -1}), "max_completion_tokens"),
         (json!({"messages": []}), "messages"),
         (json!({"messages": null}), "messages"),
-        (json!({"logprobs": true}), "logprobs"),
+        (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
+        (json!({"top_logprobs": 2}), "top_logprobs"),
         (json!({"logit_bias": {"5": 10}}), "logit_bias"),
         (json!({"response_format": {"type": "json_object"}}), "response_format"),
     ];

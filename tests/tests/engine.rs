@@ -2,12 +2,13 @@
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "a test fails on every frame that it does not name")]
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bulkhead_shared::generate::Sampling;
-use bulkhead_shared::message::{Failure, FinishReason, FromWorker, Piece, Usage};
+use bulkhead_shared::message::{Failure, FinishReason, FromWorker, Logprobs, Piece, TokenRun, Usage};
 use bulkhead_shared::units::RequestId;
 use bulkhead_worker::checkpoint::Checkpoint;
 use bulkhead_worker::engine::backend::{Backend, StepTokens};
@@ -53,6 +54,7 @@ impl Model {
             eos: Arc::from([]),
             answer: Answer::new(AnswerKind::Plain, Vec::new(), Arc::clone(&self.tokenizer)).expect("plain text"),
             sampler: Sampler::new(&sampling, &Defaults::default()),
+            logprobs: Some(3),
             cancelled: Arc::new(AtomicBool::new(false)),
         }
     }
@@ -63,12 +65,23 @@ impl Model {
 struct Got {
     tokens: Vec<u32>,
     text: String,
+    /// All log-probabilities, those of tokens that wait, and those of tokens of the content.
+    told: Vec<Logprobs>,
+    waiting: VecDeque<Logprobs>,
+    listed: Vec<Logprobs>,
     end: Option<(FinishReason, Usage)>,
     failure: Option<Failure>,
 }
 
 impl Got {
-    fn add(&mut self, pieces: Vec<Piece>) {
+    fn add(&mut self, pieces: Vec<Piece>, runs: Vec<TokenRun>) {
+        for run in runs {
+            // What a worker before was told of is not here.
+            let waiting = self.waiting.len();
+            self.waiting.drain(..waiting.min(run.skipped as usize));
+            let waiting = self.waiting.len();
+            self.listed.extend(self.waiting.drain(..waiting.min(run.listed as usize)));
+        }
         for piece in pieces {
             match piece {
                 Piece::Content(text) => self.text.push_str(&text),
@@ -98,12 +111,15 @@ fn run(model: &Model, blocks: u32, starts: Vec<Start>, mut watch: impl FnMut(&Fr
     for frame in frames {
         watch(&frame);
         match frame {
-            FromWorker::Delta { id, tokens, pieces } => {
+            FromWorker::Delta { id, tokens, pieces, logprobs, runs } => {
+                assert!(logprobs.iter().all(|told| told.top.len() == 3 && told.chosen.logprob <= told.top[0].logprob));
                 got[id.0 as usize].tokens.extend(tokens);
-                got[id.0 as usize].add(pieces);
+                got[id.0 as usize].told.extend(logprobs.clone());
+                got[id.0 as usize].waiting.extend(logprobs);
+                got[id.0 as usize].add(pieces, runs);
             }
-            FromWorker::Done { id, pieces, reason, usage } => {
-                got[id.0 as usize].add(pieces);
+            FromWorker::Done { id, pieces, runs, reason, usage } => {
+                got[id.0 as usize].add(pieces, runs);
                 got[id.0 as usize].end = Some((reason, usage));
             }
             FromWorker::Failed { id, failure } => got[id.0 as usize].failure = Some(failure),
@@ -160,6 +176,10 @@ fn a_request_resumed_after_any_token_goes_on_as_if_nothing_had_happened() {
         assert_eq!(resumed.tokens, whole.tokens[done..], "resumed behind token {done}");
         assert_eq!(resumed.end, whole.end, "usage counts every token once");
         assert!(whole.text.ends_with(&resumed.text));
+        // Tokens whose ids have no text are not told of.
+        let bytes_of = |ids: &[u32]| ids.iter().filter(|id| model.tokenizer.token_bytes(**id).is_some()).count();
+        assert_eq!(resumed.told.len(), bytes_of(&resumed.tokens));
+        assert!(whole.told.ends_with(&resumed.told), "bit by bit, resumed behind token {done}");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Output};
-use std::thread;
+use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::client::{self, Events};
@@ -30,7 +30,8 @@ fn begun(mut events: Events) -> Events {
 #[test]
 fn what_a_lying_worker_says_ends_its_incarnation_only() {
     let server = Server::start_fake(&[]);
-    let lies = ["garbage=1", "long-frame=1", "unknown-id=1", "hello=1", "progress=1", "count=1", "flood"];
+    let lies =
+        ["garbage=1", "long-frame=1", "unknown-id=1", "hello=1", "progress=1", "count=1", "logprob=1,-0.5", "flood"];
     for (count, lie) in lies.iter().enumerate() {
         let answer = server.chat(&format!("[{lie}] [once] one two"));
         let content = answer.json()["choices"][0]["message"]["content"].clone();
@@ -329,6 +330,95 @@ fn bulkheadctl_stops_starts_and_restarts() {
     let (code, text) = ctl(&given_up, &["start"]);
     assert_eq!(code, Some(7));
     assert_eq!(text, "fake-model: ERROR (the model cannot be served: tensor x is too short)\n");
+}
+
+/// Runs bulkheadctl beside what else happens.
+fn ctl_beside<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    server: &'scope Server,
+    arguments: &'static [&'static str],
+) -> ScopedJoinHandle<'scope, (Option<i32>, String)> {
+    scope.spawn(move || ctl(server, arguments))
+}
+
+/// Expects that a new request is refused with a word when to try again.
+fn is_refused(server: &Server) {
+    let refused = server.chat("x");
+    assert_eq!((refused.status, refused.json()["error"]["code"].clone()), (503, json!("model_unavailable")));
+    assert!(refused.headers.contains_key("retry-after"));
+    assert_eq!(server.get("/health/ready").status, 503);
+}
+
+#[test]
+fn a_stop_waits_for_the_requests_that_there_are() {
+    let server = Server::start_fake(&[]);
+    thread::scope(|scope| {
+        let running = begun(stream(&server, "[delay=20] [repeat=60] word"));
+        let whole = scope.spawn(|| server.chat("[delay=20] [repeat=60] one"));
+        server.wait_for_health("/queue/running", &json!(2));
+        let stopping = ctl_beside(scope, &server, &["stop"]);
+        server.wait_for_health("/workers/0/stops_when_idle", &json!(true));
+        is_refused(&server);
+        assert_eq!(server.health()["status"], "unhealthy");
+        assert!(ctl(&server, &["status"]).1.contains("stops when its requests have ended"));
+        // A death in the meantime is a pause.
+        process::signal(worker_pid(&server), Signal::SIGKILL);
+        let (events, is_done) = read_events(running);
+        let texts = events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str());
+        assert_eq!((texts.collect::<String>(), is_done), (vec!["word"; 60].join(" "), true));
+        let whole = whole.join().expect("does not panic");
+        assert_eq!(whole.json()["choices"][0]["message"]["content"], vec!["one"; 60].join(" "));
+        assert_eq!(stopping.join().expect("does not panic"), says("fake-model: stopped\n"));
+    });
+    is_refused(&server);
+    assert_eq!(server.metric_sum("bulkhead:request_failure_total"), 0.0);
+    assert_eq!(ctl(&server, &["start"]), says("fake-model: started\n"));
+    assert_eq!(server.chat("x").status, 200);
+}
+
+#[test]
+fn a_stop_at_once_ends_requests_with_a_word_when_to_try_again() {
+    let server = Server::start_fake(&[]);
+    // Also one that waits for its requests is cut short.
+    for is_draining in [false, true] {
+        thread::scope(|scope| {
+            let mut streamed = begun(stream(&server, "[delay=10] [repeat=4000] word"));
+            assert!(streamed.next_data().expect("the stream runs").is_some());
+            let whole = scope.spawn(|| server.chat("[delay=10] [repeat=4000] word"));
+            server.wait_for_health("/queue/running", &json!(2));
+            let stopping = is_draining.then(|| ctl_beside(scope, &server, &["stop"]));
+            server.wait_for_health("/workers/0/stops_when_idle", &json!(is_draining));
+            assert_eq!(ctl(&server, &["stop", "--now"]), says("fake-model: stopped\n"));
+            let whole = whole.join().expect("does not panic");
+            assert_eq!((whole.status, &whole.json()["error"]["code"]), (503, &json!("model_unavailable")));
+            assert!(whole.headers.contains_key("retry-after"));
+            let (events, is_done) = read_events(streamed);
+            let last = events.last().expect("there are events");
+            assert_eq!((&last["error"]["code"], is_done), (&json!("model_unavailable"), false));
+            if let Some(stopping) = stopping {
+                assert_eq!(stopping.join().expect("does not panic"), says("fake-model: stopped\n"));
+            }
+        });
+        assert_eq!(ctl(&server, &["start"]), says("fake-model: started\n"));
+        assert_eq!(server.chat("x").status, 200);
+    }
+}
+
+#[test]
+fn a_stop_that_waits_is_taken_back_by_a_start() {
+    let server = Server::start_fake(&[]);
+    thread::scope(|scope| {
+        let running = begun(stream(&server, "[delay=10] [repeat=100] word"));
+        let stopping = ctl_beside(scope, &server, &["stop"]);
+        server.wait_for_health("/workers/0/stops_when_idle", &json!(true));
+        assert_eq!(ctl(&server, &["start"]), says("fake-model: started\n"));
+        assert_eq!(server.chat("x").status, 200);
+        assert!(read_events(running).1, "the stream ended well");
+        assert_eq!(server.health()["workers"][0]["incarnation"], 1);
+        // Whoever waits for the stop sees the next one.
+        assert_eq!(ctl(&server, &["stop"]), says("fake-model: stopped\n"));
+        assert_eq!(stopping.join().expect("does not panic"), says("fake-model: stopped\n"));
+    });
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::process::{Command, Output, Stdio};
 use bulkhead_tests::fake::{FAKE_WORKER, Fake};
 use bulkhead_tests::process;
 use bulkhead_tests::server::{Server, binary};
+use bulkhead_tests::skip;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -19,7 +20,7 @@ const NOBODY_ID: u32 = 65534;
 fn is_root() -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root {
-        println!("SKIPPED: only root can become another user");
+        skip("only root can become another user");
     }
     is_root
 }

@@ -113,18 +113,21 @@ fn unknown<'a>(names: &'a [String], known: &[String]) -> Vec<&'a String> {
 pub enum Wish {
     /// One that is there.
     Start,
-    /// None.
+    /// None, when its requests have ended.
     Stop,
+    /// None, at once.
+    StopNow,
     /// Another one.
     Restart,
 }
 
 impl Wish {
-    const fn command(self) -> &'static str {
+    fn request(self, model: &str) -> Value {
         match self {
-            Wish::Start => "start",
-            Wish::Stop => "stop",
-            Wish::Restart => "restart",
+            Wish::Start => json!({"command": "start", "model": model}),
+            Wish::Stop => json!({"command": "stop", "model": model}),
+            Wish::StopNow => json!({"command": "stop", "now": true, "model": model}),
+            Wish::Restart => json!({"command": "restart", "model": model}),
         }
     }
 }
@@ -143,7 +146,7 @@ pub fn control(socket: &Path, wish: Wish, names: &[String]) -> Result<(Value, St
         text.push_str(&format!("{name}: ERROR (no such process)\n"));
     }
     for name in known.iter().filter(|name| is_meant(names, name)) {
-        let result = ask(socket, &json!({"command": wish.command(), "model": name}))?;
+        let result = ask(socket, &wish.request(name))?;
         let (line, is_dead) = print_control(wish, name, &result);
         text.push_str(&line);
         if is_dead {
@@ -160,9 +163,13 @@ fn print_control(wish: Wish, name: &str, result: &Value) -> (String, bool) {
     let was_running = !matches!(result["was"].as_str(), Some("STOPPED" | "EXITED" | "FATAL"));
     let stopped = if wish == Wish::Restart && was_running { format!("{name}: stopped\n") } else { String::new() };
     let (word, is_dead) = match (wish, result["needed_nothing"].as_bool().unwrap_or(false), state) {
-        (Wish::Stop, true, _) => ("ERROR (not running)".to_owned(), false),
+        (Wish::Stop | Wish::StopNow, true, _) => ("ERROR (not running)".to_owned(), false),
         (Wish::Start, true, _) => ("ERROR (already started)".to_owned(), false),
-        (Wish::Stop, false, "STOPPED") => ("stopped".to_owned(), false),
+        (Wish::Stop | Wish::StopNow, false, "STOPPED") => ("stopped".to_owned(), false),
+        (Wish::Stop, false, other) => {
+            let requests = &result["requests"];
+            (format!("is {other} until {requests} requests have ended; stop --now ends it at once"), false)
+        }
         (Wish::Start | Wish::Restart, _, "RUNNING") => ("started".to_owned(), false),
         (Wish::Start | Wish::Restart, _, "FATAL" | "EXITED" | "STOPPED") => {
             let reason = result["worker"]["last_end"].as_str().unwrap_or("spawn error");
@@ -223,7 +230,9 @@ fn circumstances(worker: &Value) -> Vec<String> {
         [] => format!("sandbox: {word}"),
         missing => format!("sandbox: {word}, without {}", missing.join(", ")),
     });
-    place.into_iter().chain(given_up).chain(sandbox).collect()
+    let stops =
+        worker["stops_when_idle"].as_bool().unwrap_or(false).then(|| "stops when its requests have ended".into());
+    place.into_iter().chain(given_up).chain(sandbox).chain(stops).collect()
 }
 
 /// Asks one thing.
@@ -300,7 +309,8 @@ mod tests {
         assert_eq!(circumstances(&json!({"sandbox": "full"})), Vec::<String>::new());
         let off = json!({"sandbox": "off", "isolation_missing": ["landlock-files", "not-dumpable"]});
         assert_eq!(circumstances(&off), ["sandbox: off, without landlock-files, not-dumpable"]);
-        assert!(circumstances(&json!({})).is_empty());
+        assert_eq!(circumstances(&json!({"stops_when_idle": true})), ["stops when its requests have ended"]);
+        assert!(circumstances(&json!({"stops_when_idle": false})).is_empty());
     }
 
     #[test]
@@ -332,7 +342,7 @@ mod tests {
     fn what_came_of_a_wish_is_told_in_supervisorctls_words() {
         let result = |was: &str, state: &str, needed_nothing: bool| {
             let worker = json!({"state": state, "last_end": "the model cannot be served"});
-            json!({"was": was, "needed_nothing": needed_nothing, "worker": worker})
+            json!({"was": was, "needed_nothing": needed_nothing, "requests": 2, "worker": worker})
         };
         for (wish, result, text, is_dead) in [
             (Wish::Start, result("STOPPED", "RUNNING", false), "m: started\n", false),
@@ -341,6 +351,14 @@ mod tests {
             (Wish::Start, result("STOPPED", "LOADING", false), "m: is LOADING\n", false),
             (Wish::Stop, result("RUNNING", "STOPPED", false), "m: stopped\n", false),
             (Wish::Stop, result("STOPPED", "STOPPED", true), "m: ERROR (not running)\n", false),
+            (Wish::StopNow, result("STOPPED", "STOPPED", true), "m: ERROR (not running)\n", false),
+            (Wish::StopNow, result("RUNNING", "STOPPED", false), "m: stopped\n", false),
+            (
+                Wish::Stop,
+                result("RUNNING", "RUNNING", false),
+                "m: is RUNNING until 2 requests have ended; stop --now ends it at once\n",
+                false,
+            ),
             (Wish::Restart, result("RUNNING", "RUNNING", false), "m: stopped\nm: started\n", false),
             (Wish::Restart, result("FATAL", "RUNNING", false), "m: started\n", false),
         ] {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bulkhead_shared::units::RequestId;
 use serde_json::{Value, json};
+use tracing::debug;
 
 use crate::child::Control;
 use crate::child::lifecycle::State;
@@ -19,8 +20,10 @@ use crate::walls::Walls;
 pub enum Order {
     /// How everything is.
     Status,
-    /// What people want of the worker.
+    /// What people want of the worker, at once.
     Control(Control),
+    /// No worker, when the requests that there are have ended.
+    Drain,
     /// The requests that wait or run.
     Queue,
     /// Give up a request.
@@ -55,7 +58,13 @@ pub fn read(line: &[u8]) -> Result<Order, String> {
     match request["command"].as_str() {
         Some("status") => Ok(Order::Status),
         Some("start") => Ok(Order::Control(Control::Start)),
-        Some("stop") => Ok(Order::Control(Control::Stop)),
+        Some("stop") => match &request["now"] {
+            Value::Bool(true) => Ok(Order::Control(Control::Stop)),
+            Value::Bool(false) | Value::Null => Ok(Order::Drain),
+            Value::Number(_) | Value::String(_) | Value::Array(_) | Value::Object(_) => {
+                Err("now must be true or false".into())
+            }
+        },
         Some("restart") => Ok(Order::Control(Control::Restart)),
         Some("queue") => Ok(Order::Queue),
         Some("cancel") => Ok(Order::Cancel { id: RequestId(number("id")?) }),
@@ -86,6 +95,7 @@ impl Desk {
         match order {
             Order::Status => Ok(self.status()),
             Order::Control(control) => self.control(control).await,
+            Order::Drain => self.drain().await,
             Order::Queue => Ok(self.queue()),
             Order::Cancel { id } => match self.fleet.tickets.cancel(id) {
                 true => Ok(json!({"id": id.0})),
@@ -123,9 +133,13 @@ impl Desk {
     async fn control(&self, control: Control) -> Result<Value, String> {
         let mut status = self.fleet.watch();
         let before = status.borrow_and_update().clone();
-        let is_there = !before.state.is_final();
+        let is_there = !before.state.is_final() && before.state != State::Stopping;
+        let is_wanted_again = matches!(control, Control::Start | Control::Restart) && self.fleet.tickets.stop_not();
+        if is_wanted_again && is_there && control == Control::Start {
+            return Ok(self.outcome(&before, Need::Something));
+        }
         let needs_nothing = match control {
-            Control::Start => is_there && before.state != State::Stopping,
+            Control::Start => is_there,
             Control::Stop | Control::End => before.state == State::Stopped,
             Control::Restart => false,
         };
@@ -139,12 +153,60 @@ impl Desk {
                     now.incarnation > before.incarnation && (now.state == State::Running || now.state.is_final())
                 }
             };
+            let done = async {
+                let now = status.wait_for(is_done).await.map(|now| (now.state, now.incarnation));
+                if let Ok((State::Running, incarnation)) = now {
+                    self.fleet.tickets.wait_until_up(incarnation).await;
+                }
+            };
             // Whoever takes longer is told where it stands.
-            drop(tokio::time::timeout(ADMIN_ACTION_TIMEOUT, status.wait_for(is_done)).await);
+            drop(tokio::time::timeout(ADMIN_ACTION_TIMEOUT, done).await);
         }
-        let worker = http::worker(&self.fleet);
-        Ok(json!({"was": before.state.as_str(), "needed_nothing": needs_nothing, "worker": worker}))
+        Ok(self.outcome(&before, if needs_nothing { Need::Nothing } else { Need::Something }))
     }
+
+    /// Lets the worker take no more requests and end behind the last one, and waits for that as `control` does. It goes on
+    /// when nobody waits any more.
+    async fn drain(&self) -> Result<Value, String> {
+        let mut status = self.fleet.watch();
+        let before = status.borrow_and_update().clone();
+        if before.state == State::Stopped {
+            return Ok(self.outcome(&before, Need::Nothing));
+        }
+        if !self.fleet.tickets.stop() {
+            return Err("the server is shutting down".into());
+        }
+        let fleet = self.fleet.clone();
+        tokio::spawn(async move {
+            let stop = || {
+                if !fleet.control(Control::Stop) {
+                    debug!("nobody is there to stop the worker: the supervisor is ending");
+                }
+            };
+            fleet.tickets.when_stopped(stop).await;
+        });
+        let is_done = |now: &crate::child::Status| now.state == State::Stopped;
+        drop(tokio::time::timeout(ADMIN_ACTION_TIMEOUT, status.wait_for(is_done)).await);
+        Ok(self.outcome(&before, Need::Something))
+    }
+
+    /// Tells where a worker stands now, and where it stood.
+    fn outcome(&self, before: &crate::child::Status, need: Need) -> Value {
+        let (running, waiting) = self.fleet.tickets.lengths();
+        json!({
+            "was": before.state.as_str(),
+            "needed_nothing": need == Need::Nothing,
+            "requests": running + waiting,
+            "worker": http::worker(&self.fleet),
+        })
+    }
+}
+
+/// Whether something had to be done for what was wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    Nothing,
+    Something,
 }
 
 #[cfg(test)]
@@ -157,6 +219,10 @@ mod tests {
             (r#"{"command": "status"}"#, Ok(Order::Status)),
             (r#"{"command": "restart", "more": 1}"#, Ok(Order::Control(Control::Restart))),
             (r#"{"command": "reread"}"#, Ok(Order::Reread)),
+            (r#"{"command": "stop"}"#, Ok(Order::Drain)),
+            (r#"{"command": "stop", "now": false}"#, Ok(Order::Drain)),
+            (r#"{"command": "stop", "now": true}"#, Ok(Order::Control(Control::Stop))),
+            (r#"{"command": "stop", "now": "yes"}"#, Err("now must be true or false")),
             (r#"{"command": "cancel", "id": 7}"#, Ok(Order::Cancel { id: RequestId(7) })),
             (r#"{"command": "cancel", "id": -7}"#, Err("id must be a whole number")),
             (r#"{"command": "cancel"}"#, Err("id must be a whole number")),

@@ -1,9 +1,9 @@
 //! The private door: a socket in the runtime folder, one line of JSON each way.
 //!
 //! A request is `{"command": NAME}`, its answer `{"ok": true, "result": ...}` or `{"ok": false, "error": TEXT}`. The
-//! commands: `status`, `start`, `stop`, `restart`, `queue`, `cancel` with an `id`, `tail` with a number of `lines` and
-//! perhaps `follow`, `reread` and `version`. What follows the log gets an answer each time that there is more of it. Invariants: only
-//! the supervisor's own user and root are answered; one supervisor to a runtime folder.
+//! commands: `status`, `start`, `stop` and perhaps `now`, `restart`, `queue`, `cancel` with an `id`, `tail` with a number of
+//! `lines` and perhaps `follow`, `reread` and `version`. What follows the log gets an answer each time that there is more of
+//! it. Invariants: only the supervisor's own user and root are answered; one supervisor to a runtime folder.
 
 pub mod client;
 pub mod command;

@@ -39,8 +39,11 @@ enum Command {
         /// Models; all of them by default
         names: Vec<String>,
     },
-    /// End a worker; its requests end with an error
+    /// End a worker when its requests have ended; new ones are refused
     Stop {
+        /// End it at once; its requests end with an error that says when to try again
+        #[arg(long)]
+        now: bool,
         /// Models; all of them by default
         names: Vec<String>,
     },
@@ -94,7 +97,8 @@ fn run(socket: &Path, command: Command, is_json: bool) -> Result<Outcome, Client
             (status, text, outcome)
         }
         Command::Start { names } => client::control(socket, Wish::Start, &names)?,
-        Command::Stop { names } => client::control(socket, Wish::Stop, &names)?,
+        Command::Stop { now: false, names } => client::control(socket, Wish::Stop, &names)?,
+        Command::Stop { now: true, names } => client::control(socket, Wish::StopNow, &names)?,
         Command::Restart { names } => client::control(socket, Wish::Restart, &names)?,
         Command::Queue => {
             let queue = client::ask(socket, &json!({"command": "queue"}))?;

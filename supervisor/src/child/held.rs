@@ -49,6 +49,16 @@ pub(super) struct Limit {
     pub(super) what: &'static str,
 }
 
+impl Limit {
+    /// Lowers the limit to what the configuration allows, where that is less.
+    pub(super) fn within(self, most: Option<Bytes>) -> Limit {
+        match most {
+            Some(most) if most < self.bytes => Limit { bytes: most, what: "host_memory allows", ..self },
+            Some(_) | None => self,
+        }
+    }
+}
+
 /// Gives the limit of a worker with this plan, or of one that is loading and has none yet. What a load for a card pins on the
 /// host only the plan tells.
 pub(super) fn limit(plan: Option<&[(MemoryKind, Bytes)]>, is_on_card: bool, available: Bytes) -> Option<Limit> {
@@ -112,5 +122,8 @@ mod tests {
         assert_eq!(of(None, true), None);
         assert_eq!(of(Some(&[]), true), Some((SLACK_MIN, KillReason::OverBudget)));
         assert_eq!(of(Some(&[]), false), Some((SLACK_MIN, KillReason::OverBudget)));
+        let bytes = |most| limit(None, false, Bytes(0)).map(|limit| limit.within(most).bytes);
+        assert_eq!(bytes(Some(Bytes(1))), Some(Bytes(1)));
+        assert_eq!(bytes(Some(Bytes(u64::MAX))), bytes(None));
     }
 }

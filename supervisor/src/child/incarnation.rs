@@ -2,6 +2,7 @@
 
 use std::io;
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bulkhead_shared::frame;
@@ -12,6 +13,7 @@ use bulkhead_shared::units::Bytes;
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
+use super::cgroup::Leaf;
 use super::exit::KillReason;
 use super::held;
 use super::link::{self, LinkError};
@@ -35,6 +37,8 @@ pub(super) struct Incarnation {
     pub(super) rest_deadline: Option<Instant>,
     /// The worker's own counter, at the last answer.
     pub(super) progress: u64,
+    /// The process's own control group, where it has one.
+    pub(super) leaf: Option<Arc<Leaf>>,
     /// The kernel's counters when the process was started.
     pub(super) kills_before: Kills,
     /// What the machine could give then.
@@ -56,7 +60,8 @@ impl Incarnation {
             is_link_over: false,
             rest_deadline: None,
             progress: 0,
-            kills_before: Kills::read(),
+            kills_before: Kills::read(spawned.leaf.as_deref()),
+            leaf: spawned.leaf,
             available: held::available(),
         }
     }

@@ -5,12 +5,13 @@
 //! before the next one starts; a worker that breaks the protocol is killed; nothing here waits for a client.
 
 mod budget;
+pub mod cgroup;
 pub mod exit;
 mod held;
 mod incarnation;
 pub mod lifecycle;
 mod link;
-mod oom;
+pub mod oom;
 pub mod protocol;
 mod run;
 mod rungs;
@@ -27,6 +28,7 @@ use tokio::sync::{mpsc, watch};
 use crate::limits::CHILD_MESSAGES_MAX;
 use exit::Cause;
 use lifecycle::{Settings, State};
+use oom::Source;
 use spawn::Spawner;
 
 /// What a child is told.
@@ -38,13 +40,22 @@ pub enum Command {
         incarnation: u32,
         /// The request, with the tokens that it has already.
         generate: Box<Generate>,
-        /// Bytes of text that those tokens made.
-        text_bytes: usize,
+        /// What those tokens made.
+        so_far: SoFar,
     },
     /// Give up a request.
     Cancel(RequestId),
     /// The last deaths were one request's doing, and it is gone: the next worker need not wait for them.
     Absolved,
+}
+
+/// What the tokens made that a request has from earlier workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SoFar {
+    /// Bytes of text.
+    pub text_bytes: usize,
+    /// Tokens whose log-probabilities wait for their text to be content.
+    pub logprobs_waiting: usize,
 }
 
 /// What people want of a child.
@@ -112,6 +123,8 @@ pub struct Status {
     pub layers: Vec<Layer>,
     /// How far the load is, while there is one.
     pub progress: Option<Progress>,
+    /// By what a kill of the kernel's for want of memory is told, while there is a process.
+    pub oom_source: Option<Source>,
     /// How the last incarnation ended, for people.
     pub last_end: Option<String>,
     /// Blocks of KV cache that are free, by the last sign of life.
@@ -141,6 +154,7 @@ impl Status {
             facts: None,
             layers: Vec::new(),
             progress: None,
+            oom_source: None,
             last_end: None,
             blocks_free: 0,
             moved: None,

@@ -1,15 +1,19 @@
 //! Whether the kernel killed for want of memory: told by its counters, before and after.
 //!
-//! Two counters are read. That of the supervisor's own control group counts the kills in it and below, so of its workers:
-//! when it rose, the kernel killed the worker. The one of the whole machine only says that some process was killed: with a
-//! SIGKILL that nobody here sent it is a suspicion. Reads a few lines below `/proc` and `/sys` and nothing else.
+//! Three counters are read. That of the worker's own control group counts its kills alone and all of them, so it settles the
+//! question. Without one, that of the supervisor's control group counts the kills in it, so of its workers: when it rose, the
+//! kernel killed the worker. The one of the whole machine only says that some process was killed: with a SIGKILL that nobody
+//! here sent it is a suspicion. Reads a few lines below `/proc` and `/sys` and nothing else.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// The two counters at one moment; `None` where the system has none.
+use super::cgroup::{self, Leaf};
+
+/// The counters at one moment; `None` where the system has none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Kills {
+    leaf: Option<u64>,
     own: Option<u64>,
     machine: Option<u64>,
 }
@@ -21,21 +25,51 @@ pub(crate) enum Sign {
     None,
     /// Somewhere on the machine the kernel killed for want of memory.
     Suspected,
-    /// The kernel killed in the supervisor's control group for want of memory.
+    /// The kernel killed in the worker's or the supervisor's control group for want of memory.
     Certain,
 }
 
+/// Which counter tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// That of the worker's own control group.
+    Worker,
+    /// That of the supervisor's control group.
+    Supervisor,
+    /// That of the machine, which can only be a reason for suspicion.
+    Machine,
+    /// There is none.
+    Nothing,
+}
+
+impl Source {
+    /// Gives the words for health and log.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Source::Worker => "worker's control group",
+            Source::Supervisor => "supervisor's control group",
+            Source::Machine => "machine",
+            Source::Nothing => "nothing",
+        }
+    }
+}
+
 impl Kills {
-    /// Reads both counters.
-    pub(crate) fn read() -> Kills {
-        let group = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let own = counter_files(&group).iter().find_map(|path| field(path));
-        Kills { own, machine: field(Path::new("/proc/vmstat")) }
+    /// Reads the counters; `leaf` is the worker's own control group.
+    pub(crate) fn read(leaf: Option<&Leaf>) -> Kills {
+        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let counter = |place: &cgroup::Place| cgroup::oom_kills(&place.folder.join(place.version.counter()));
+        let own = cgroup::places(&groups).iter().find_map(counter);
+        Kills { leaf: leaf.and_then(Leaf::kills), own, machine: cgroup::oom_kills(Path::new("/proc/vmstat")) }
     }
 
     /// Tells what has happened since then.
     pub(crate) fn since(self, before: Kills) -> Sign {
         let has_risen = |now: Option<u64>, then: Option<u64>| now.zip(then).is_some_and(|(now, then)| now > then);
+        if let (Some(now), Some(then)) = (self.leaf, before.leaf) {
+            return if now > then { Sign::Certain } else { Sign::None };
+        }
         match (has_risen(self.own, before.own), has_risen(self.machine, before.machine)) {
             (true, _) => Sign::Certain,
             // A group with a counter would have counted a kill of its own.
@@ -43,34 +77,16 @@ impl Kills {
             (false, _) => Sign::None,
         }
     }
-}
 
-/// Lists where the counter of the control group may stand, by the lines of `/proc/self/cgroup`. In a container the group's
-/// name is often that of the host's tree, and its files stand at the root of what is mounted.
-fn counter_files(groups: &str) -> Vec<PathBuf> {
-    let mut files = Vec::new();
-    for line in groups.lines() {
-        let mut parts = line.splitn(3, ':').skip(1);
-        let (Some(controllers), Some(name)) = (parts.next(), parts.next()) else { continue };
-        let (root, file) = match controllers {
-            "" => ("/sys/fs/cgroup", "memory.events"),
-            list if list.split(',').any(|controller| controller == "memory") => {
-                ("/sys/fs/cgroup/memory", "memory.oom_control")
-            }
-            _ => continue,
-        };
-        let name = name.trim_start_matches('/');
-        files.push(Path::new(root).join(name).join(file));
-        if !name.is_empty() {
-            files.push(Path::new(root).join(file));
+    /// Says which counter tells.
+    pub(crate) fn source(self) -> Source {
+        match self {
+            Kills { leaf: Some(_), .. } => Source::Worker,
+            Kills { own: Some(_), .. } => Source::Supervisor,
+            Kills { machine: Some(_), .. } => Source::Machine,
+            Kills { leaf: None, own: None, machine: None } => Source::Nothing,
         }
     }
-    files
-}
-
-/// Reads the line `oom_kill N` of a file.
-fn field(path: &Path) -> Option<u64> {
-    fs::read_to_string(path).ok()?.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
 }
 
 #[cfg(test)]
@@ -79,7 +95,7 @@ mod tests {
 
     #[test]
     fn only_a_counter_that_rose_is_a_sign() {
-        let kills = |own, machine| Kills { own, machine };
+        let kills = |own, machine| Kills { leaf: None, own, machine };
         for (before, after, sign) in [
             (kills(Some(1), Some(5)), kills(Some(2), Some(6)), Sign::Certain),
             (kills(Some(1), Some(5)), kills(Some(1), Some(6)), Sign::None),
@@ -93,24 +109,24 @@ mod tests {
     }
 
     #[test]
-    fn the_files_of_both_versions_are_known() {
-        let files =
-            |groups| -> Vec<String> { counter_files(groups).iter().map(|path| path.display().to_string()).collect() };
-        assert_eq!(files("0::/\n"), ["/sys/fs/cgroup/memory.events"]);
-        assert_eq!(
-            files("4:memory,cpu:/a/b\n1:cpu:/\n0::/c:d\n"),
-            [
-                "/sys/fs/cgroup/memory/a/b/memory.oom_control",
-                "/sys/fs/cgroup/memory/memory.oom_control",
-                "/sys/fs/cgroup/c:d/memory.events",
-                "/sys/fs/cgroup/memory.events",
-            ]
-        );
-        assert_eq!(files("nonsense"), Vec::<String>::new());
+    fn the_workers_own_group_has_the_last_word() {
+        let kills = |leaf, own, machine| Kills { leaf, own, machine };
+        for (before, after, sign, source) in [
+            (kills(Some(1), None, Some(5)), kills(Some(2), None, Some(6)), Sign::Certain, Source::Worker),
+            // Another process of the supervisor's group, or of the machine.
+            (kills(Some(1), Some(1), Some(5)), kills(Some(1), Some(2), Some(6)), Sign::None, Source::Worker),
+            (kills(Some(1), None, Some(5)), kills(Some(1), None, Some(6)), Sign::None, Source::Worker),
+            // A group that is gone says nothing.
+            (kills(Some(1), Some(1), Some(5)), kills(None, Some(2), Some(6)), Sign::Certain, Source::Supervisor),
+            (kills(Some(1), None, Some(5)), kills(None, None, Some(6)), Sign::Suspected, Source::Machine),
+            (kills(None, None, None), kills(None, None, None), Sign::None, Source::Nothing),
+        ] {
+            assert_eq!((after.since(before), after.source()), (sign, source), "{before:?} {after:?}");
+        }
     }
 
     #[test]
     fn a_linux_system_counts_for_the_machine() {
-        assert!(Kills::read().machine.is_some());
+        assert!(Kills::read(None).machine.is_some());
     }
 }

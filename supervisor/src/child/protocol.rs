@@ -8,10 +8,14 @@ use std::collections::HashMap;
 
 use bulkhead_shared::generate::{Generate, Prompt};
 use bulkhead_shared::layers::{Layer, SandboxMode};
-use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, DELTA_TEXT_BYTES_MAX, DELTA_TOKENS_MAX, DETAIL_BYTES_MAX};
-use bulkhead_shared::message::{Facts, Failure, FromWorker, PROTOCOL_VERSION, Piece, Usage};
+use bulkhead_shared::limits::{
+    CONTEXT_TOKENS_MAX, DELTA_TEXT_BYTES_MAX, DELTA_TOKENS_MAX, DETAIL_BYTES_MAX, LOGPROB_MIN, TOKEN_BYTES_MAX,
+    TOKEN_RUNS_MAX, logprob_tokens_max,
+};
+use bulkhead_shared::message::{Facts, Failure, FromWorker, Logprobs, PROTOCOL_VERSION, Piece, TokenRun, Usage};
 use bulkhead_shared::units::RequestId;
 
+use super::SoFar;
 use crate::limits::ANSWER_BYTES_MAX;
 
 /// How a worker broke the protocol.
@@ -45,6 +49,8 @@ pub enum Violation {
     TokenCount { id: RequestId, told: u32, seen: u64 },
     #[error("request {id} did not ask for a conversation and got a tool call")]
     ToolCall { id: RequestId },
+    #[error("the log-probabilities of request {id} are contradictory: {what}")]
+    Logprobs { id: RequestId, what: &'static str },
 }
 
 fn names(layers: &[Layer]) -> String {
@@ -83,6 +89,10 @@ struct Outstanding {
     tokens: u64,
     tokens_max: u64,
     text_bytes: usize,
+    /// Tokens in the place of a generated one whose log-probabilities were asked for, where any were.
+    logprobs: Option<u32>,
+    /// Log-probabilities of generated tokens of which is not known yet whether they are in the content.
+    logprobs_waiting: usize,
 }
 
 impl Protocol {
@@ -97,14 +107,17 @@ impl Protocol {
         self.phase = Phase::Loading;
     }
 
-    /// Notes that a request was sent, the tokens of whose answer so far made so many bytes of text.
-    pub fn generate_sent(&mut self, generate: &Generate, text_bytes: usize) {
+    /// Notes that a request was sent, and what the tokens made that it has already.
+    pub fn generate_sent(&mut self, generate: &Generate, so_far: SoFar) {
+        let told_max = generate.logprobs.map_or(CONTEXT_TOKENS_MAX, logprob_tokens_max);
         let outstanding = Outstanding {
             is_chat: matches!(generate.prompt, Prompt::Chat(_)),
             has_prompt: false,
             tokens: generate.resume.len() as u64,
-            tokens_max: generate.max_tokens.unwrap_or(CONTEXT_TOKENS_MAX).into(),
-            text_bytes,
+            tokens_max: generate.max_tokens.unwrap_or(CONTEXT_TOKENS_MAX).min(told_max).into(),
+            text_bytes: so_far.text_bytes,
+            logprobs: generate.logprobs,
+            logprobs_waiting: so_far.logprobs_waiting,
         };
         self.requests.insert(generate.id, outstanding);
     }
@@ -161,8 +174,11 @@ impl Protocol {
                 at_most("prompt tokens", *tokens as usize, CONTEXT_TOKENS_MAX as usize)?;
                 at_most("cached tokens", *cached as usize, *tokens as usize)
             }
-            FromWorker::Delta { id, tokens, pieces } => self.check_delta(*id, tokens, pieces),
-            FromWorker::Done { id, pieces, usage, .. } => self.check_done(*id, pieces, *usage),
+            FromWorker::Delta { id, tokens, pieces, logprobs, runs } => {
+                self.check_delta(*id, tokens, logprobs)?;
+                self.request("delta", *id)?.take_in(*id, pieces, runs)
+            }
+            FromWorker::Done { id, pieces, runs, usage, .. } => self.check_done(*id, (pieces, runs), *usage),
             FromWorker::Failed { id, failure } => {
                 self.request("failed", *id)?;
                 if let Failure::Invalid { param, detail } = failure {
@@ -181,7 +197,7 @@ impl Protocol {
         }
     }
 
-    fn check_delta(&mut self, id: RequestId, tokens: &[u32], pieces: &[Piece]) -> Result<(), Violation> {
+    fn check_delta(&mut self, id: RequestId, tokens: &[u32], logprobs: &[Logprobs]) -> Result<(), Violation> {
         let request = self.request("delta", id)?;
         if !request.has_prompt {
             return Err(Violation::PromptOrder { message: "delta", id });
@@ -194,15 +210,21 @@ impl Protocol {
         if request.tokens > request.tokens_max {
             return Err(Violation::TooMuch { what: "answer tokens", value: request.tokens, max: request.tokens_max });
         }
-        request.take_in(id, pieces)
+        at_most("log-probabilities", logprobs.len(), tokens.len())?;
+        request.take_in_logprobs(id, logprobs)
     }
 
-    fn check_done(&mut self, id: RequestId, pieces: &[Piece], usage: Usage) -> Result<(), Violation> {
+    fn check_done(
+        &mut self,
+        id: RequestId,
+        (pieces, runs): (&[Piece], &[TokenRun]),
+        usage: Usage,
+    ) -> Result<(), Violation> {
         let request = self.request("done", id)?;
         if !request.has_prompt {
             return Err(Violation::PromptOrder { message: "done", id });
         }
-        request.take_in(id, pieces)?;
+        request.take_in(id, pieces, runs)?;
         let (told, seen) = (usage.completion_tokens, request.tokens);
         if u64::from(told) != seen {
             return Err(Violation::TokenCount { id, told, seen });
@@ -231,18 +253,63 @@ impl Protocol {
 }
 
 impl Outstanding {
-    fn take_in(&mut self, id: RequestId, pieces: &[Piece]) -> Result<(), Violation> {
-        let mut bytes = 0;
+    fn take_in(&mut self, id: RequestId, pieces: &[Piece], runs: &[TokenRun]) -> Result<(), Violation> {
+        let (mut bytes, mut content_bytes) = (0, 0);
         for piece in pieces {
             bytes += match piece {
-                Piece::Reasoning(text) | Piece::Content(text) => text.len(),
+                Piece::Reasoning(text) => text.len(),
+                Piece::Content(text) => {
+                    content_bytes += text.len();
+                    text.len()
+                }
                 Piece::ToolCall { .. } if !self.is_chat => return Err(Violation::ToolCall { id }),
                 Piece::ToolCall { name, arguments, .. } => name.len() + arguments.len(),
             };
         }
         at_most("text of one message", bytes, DELTA_TEXT_BYTES_MAX)?;
         self.text_bytes += bytes;
-        at_most("text of an answer", self.text_bytes, ANSWER_BYTES_MAX)
+        at_most("text of an answer", self.text_bytes, ANSWER_BYTES_MAX)?;
+        at_most("runs of tokens", runs.len(), TOKEN_RUNS_MAX)?;
+        if content_bytes == 0 && !runs.is_empty() {
+            return Err(Violation::Logprobs { id, what: "tokens of content without content" });
+        }
+        runs.iter().try_for_each(|run| self.take_in_run(id, *run))
+    }
+
+    /// Checks what becomes of log-probabilities that wait.
+    fn take_in_run(&mut self, id: RequestId, run: TokenRun) -> Result<(), Violation> {
+        let taken = run.skipped as usize + run.listed as usize;
+        if run.listed == 0 {
+            return Err(Violation::Logprobs { id, what: "a run without tokens of content" });
+        }
+        match self.logprobs_waiting.checked_sub(taken) {
+            None => Err(Violation::Logprobs { id, what: "a run of more tokens than wait" }),
+            Some(waiting) => {
+                self.logprobs_waiting = waiting;
+                Ok(())
+            }
+        }
+    }
+
+    fn take_in_logprobs(&mut self, id: RequestId, logprobs: &[Logprobs]) -> Result<(), Violation> {
+        if logprobs.is_empty() {
+            return Ok(());
+        }
+        let Some(top) = self.logprobs else {
+            return Err(Violation::Logprobs { id, what: "none were asked for" });
+        };
+        for Logprobs { chosen, top: beside } in logprobs {
+            at_most("tokens beside one", beside.len(), top as usize)?;
+            for told in std::iter::once(chosen).chain(beside) {
+                at_most("text of a token", told.token.len(), TOKEN_BYTES_MAX)?;
+                // What is no number is in no range.
+                if !(LOGPROB_MIN..=0.0).contains(&told.logprob) {
+                    return Err(Violation::Logprobs { id, what: "a number that is none of a probability" });
+                }
+            }
+        }
+        self.logprobs_waiting += logprobs.len();
+        Ok(())
     }
 }
 
@@ -274,7 +341,7 @@ fn check_facts(facts: &Facts) -> Result<(), Violation> {
 mod tests {
     use super::*;
     use bulkhead_shared::generate::Sampling;
-    use bulkhead_shared::message::FinishReason;
+    use bulkhead_shared::message::{FinishReason, TokenLogprob, TokenText};
 
     const ID: RequestId = RequestId(7);
 
@@ -300,15 +367,25 @@ mod tests {
     }
 
     fn delta(tokens: usize, text: &str) -> FromWorker {
-        FromWorker::Delta { id: ID, tokens: vec![1; tokens], pieces: vec![Piece::Content(text.into())] }
+        let pieces = vec![Piece::Content(text.into())];
+        FromWorker::Delta { id: ID, tokens: vec![1; tokens], pieces, logprobs: Vec::new(), runs: Vec::new() }
+    }
+
+    /// One token with its log-probability and that of one beside it, and what becomes of those that wait.
+    fn told(logprob: f32, text: &str, runs: &[(u32, u32)]) -> FromWorker {
+        let token = |bytes: usize| TokenLogprob { token: TokenText::Bytes(vec![b'x'; bytes]), logprob };
+        let logprobs = vec![Logprobs { chosen: token(TOKEN_BYTES_MAX), top: vec![token(1)] }];
+        let pieces = vec![Piece::Content(text.into())];
+        let runs = runs.iter().map(|(skipped, listed)| TokenRun { skipped: *skipped, listed: *listed }).collect();
+        FromWorker::Delta { id: ID, tokens: vec![1], pieces, logprobs, runs }
     }
 
     fn done(completion_tokens: u32) -> FromWorker {
         let usage = Usage { prompt_tokens: 5, cached_tokens: 2, completion_tokens, reasoning_tokens: 0 };
-        FromWorker::Done { id: ID, pieces: Vec::new(), reason: FinishReason::Stop, usage }
+        FromWorker::Done { id: ID, pieces: Vec::new(), runs: Vec::new(), reason: FinishReason::Stop, usage }
     }
 
-    fn serving() -> Protocol {
+    fn serving(logprobs: Option<u32>) -> Protocol {
         let mut protocol = Protocol::new(SandboxMode::Full);
         protocol.check(&hello()).expect("greets");
         protocol.load_sent();
@@ -319,15 +396,20 @@ mod tests {
             sampling: Sampling::default(),
             stop: Vec::new(),
             max_tokens: Some(10),
+            logprobs,
             resume: vec![1; 2],
         };
-        protocol.generate_sent(&generate, 100);
+        protocol.generate_sent(&generate, SoFar { text_bytes: 100, logprobs_waiting: 1 });
         protocol
     }
 
     /// Says the messages to a serving worker's protocol; only the last may be refused, with an error of this beginning.
     fn check(messages: &[FromWorker], refused: Option<&str>) {
-        let mut protocol = serving();
+        check_with(None, messages, refused);
+    }
+
+    fn check_with(logprobs: Option<u32>, messages: &[FromWorker], refused: Option<&str>) {
+        let mut protocol = serving(logprobs);
         let (last, before) = messages.split_last().expect("at least one");
         for message in before {
             protocol.check(message).expect("legal so far");
@@ -370,10 +452,49 @@ mod tests {
         check(&[prompt(), delta(1, "a"), done(4)], Some("request 7 used 4 tokens by its end and 3 by its deltas"));
         check(&[FromWorker::Prompt { id: ID, tokens: 1, cached: 2 }], Some("cached tokens of 2"));
         let call = Piece::ToolCall { index: 0, name: "f".into(), arguments: "{}".into() };
+        let (logprobs, runs) = (Vec::new(), Vec::new());
         check(
-            &[prompt(), FromWorker::Delta { id: ID, tokens: vec![1], pieces: vec![call] }],
+            &[prompt(), FromWorker::Delta { id: ID, tokens: vec![1], pieces: vec![call], logprobs, runs }],
             Some("request 7 did not ask"),
         );
+    }
+
+    #[test]
+    fn log_probabilities_are_those_that_were_asked_for() {
+        let check = |messages: &[FromWorker], refused| check_with(Some(1), messages, refused);
+        let refuse = |message: FromWorker, what: &str| {
+            let words = format!("the log-probabilities of request 7 are contradictory: {what}");
+            check_with(Some(1), &[prompt(), message], Some(&words));
+        };
+        // One waits from the worker before.
+        check(&[prompt(), told(-0.5, "ab", &[(0, 2)])], None);
+        check(&[prompt(), told(0.0, "", &[]), told(LOGPROB_MIN, "b", &[(1, 1), (0, 1)]), done(4)], None);
+        check(&[prompt(), told(-0.5, "a", &[(0, 1)]), done(3)], None);
+        for number in [0.1, LOGPROB_MIN - 1.0, f32::NAN, f32::NEG_INFINITY, f32::INFINITY] {
+            refuse(told(number, "a", &[]), "a number that is none of a probability");
+        }
+        refuse(told(-0.5, "a", &[(0, 3)]), "a run of more tokens than wait");
+        refuse(told(-0.5, "a", &[(u32::MAX, u32::MAX)]), "a run of more tokens than wait");
+        refuse(told(-0.5, "a", &[(1, 0)]), "a run without tokens");
+        refuse(told(-0.5, "", &[(0, 1)]), "tokens of content without content");
+        check(&[prompt(), told(-0.5, "a", &[(0, 1); TOKEN_RUNS_MAX + 1])], Some("runs of tokens of"));
+        check_with(Some(0), &[prompt(), told(-0.5, "a", &[])], Some("tokens beside one of 1 exceeds 0"));
+        let words = "the log-probabilities of request 7 are contradictory: none were asked for";
+        check_with(None, &[prompt(), told(-0.5, "a", &[])], Some(words));
+        let mut long = told(-0.5, "a", &[]);
+        let FromWorker::Delta { logprobs, .. } = &mut long else { panic!("a delta") };
+        logprobs[0].chosen.token = TokenText::Special("x".repeat(TOKEN_BYTES_MAX + 1));
+        check(&[prompt(), long.clone()], Some("text of a token of 257"));
+        let FromWorker::Delta { logprobs, .. } = &mut long else { panic!("a delta") };
+        logprobs.push(logprobs[0].clone());
+        check(&[prompt(), long], Some("log-probabilities of 2 exceeds 1"));
+        let mut late = done(2);
+        let FromWorker::Done { runs, .. } = &mut late else { panic!("an end") };
+        runs.push(TokenRun { skipped: 0, listed: 1 });
+        refuse(late.clone(), "tokens of content without content");
+        let FromWorker::Done { pieces, .. } = &mut late else { panic!("an end") };
+        pieces.push(Piece::Content("held".into()));
+        check(&[prompt(), late], None);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::oom::Kills;
 use super::protocol::Violation;
 use super::rungs::Rung;
 use super::spawn::Spawner;
-use super::{Command, Control, Progress, Report, Status};
+use super::{Command, Control, Progress, Report, SoFar, Status};
 use crate::limits::{PING_INTERVAL, STOP_TIMEOUT};
 use crate::logging::printable;
 use crate::random;
@@ -163,9 +163,9 @@ impl Runner {
             return;
         };
         match command {
-            Command::Generate { incarnation, generate, text_bytes } if incarnation == current.number => {
+            Command::Generate { incarnation, generate, so_far } if incarnation == current.number => {
                 let id = generate.id;
-                current.protocol.generate_sent(&generate, text_bytes);
+                current.protocol.generate_sent(&generate, so_far);
                 if let Err(error) = current.send(&ToWorker::Generate(generate)) {
                     debug!(request = id.0, %error, "request does not fit a frame");
                     current.protocol.forget(id);
@@ -288,7 +288,8 @@ impl Runner {
         let Some(held) = current.process.id().and_then(held::held_by) else { return };
         let is_on_card = self.plan.device != DeviceChoice::Cpu;
         let plan = self.ends.status.borrow().facts.as_ref().map(|facts| facts.memory.clone());
-        let limit = held::limit(plan.as_deref(), is_on_card, current.available);
+        let limit = held::limit(plan.as_deref(), is_on_card, current.available)
+            .map(|limit| limit.within(self.spawner.host_memory()));
         let Some(limit) = limit.filter(|limit| held > limit.bytes) else { return };
         let detail = format!("it holds {held} of the host's memory where {} {}", limit.what, limit.bytes);
         self.condemn(limit.reason, detail + &self.doing()).await;
@@ -300,7 +301,7 @@ impl Runner {
         let is_late = current.rest_deadline.is_some_and(|deadline| Instant::now() >= deadline);
         match current.exit {
             Some(status) if current.is_link_over || is_late => {
-                let sign = Kills::read().since(current.kills_before);
+                let sign = Kills::read(current.leaf.as_deref()).since(current.kills_before);
                 let cause = Cause::tell(status, current.killed, sign);
                 self.finish(cause).await;
             }
@@ -388,11 +389,14 @@ impl Runner {
                 let pid = spawned.child.id();
                 info!(incarnation, pid, "worker started");
                 (self.plan.device, self.plan.device_budget) = (spawned.device, spawned.device_budget);
-                self.current = Some(Incarnation::new(incarnation, spawned, self.spawner.sandbox()));
+                let current = self.current.insert(Incarnation::new(incarnation, spawned, self.spawner.sandbox()));
+                let source = current.kills_before.source();
+                debug!(incarnation, source = source.as_str(), "kills for want of memory are told");
                 self.report(Report::Started { incarnation, after: self.last_cause }).await;
                 self.ends.status.send_modify(|status| {
                     status.pid = pid;
                     status.incarnation = incarnation;
+                    status.oom_source = Some(source);
                 });
                 None
             }
@@ -425,9 +429,10 @@ impl Runner {
             sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
             stop: Vec::new(),
             max_tokens: Some(1),
+            logprobs: None,
             resume: Vec::new(),
         };
-        current.protocol.generate_sent(&generate, 0);
+        current.protocol.generate_sent(&generate, SoFar::default());
         current.send(&ToWorker::Generate(Box::new(generate))).expect("the canary fits a frame");
         None
     }

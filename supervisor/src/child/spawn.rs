@@ -1,6 +1,7 @@
 //! Starts worker processes, from one thread that lives as long as the supervisor.
 //!
-//! Owns: the thread, what may be held on a card, the command line, the descriptors and the environment that a worker gets, and its standard error.
+//! Owns: the thread, what may be held on a card, the command line, the descriptors, the control group and the environment that
+//! a worker gets, and its standard error.
 //! The thread matters: a worker asks to be killed when its parent ends, and for the kernel the parent is the *thread*
 //! that spawned it. Invariants: a worker inherits nothing but its end of the link (as standard input) and the pipe of
 //! its standard error; its environment is empty.
@@ -24,6 +25,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
 use super::budget::Budget;
+use super::cgroup::Leaf;
 use super::exit::{Cause, KillReason};
 use crate::device::{Answer, Decision, Devices, Refused};
 use crate::limits::{STDERR_LINE_BYTES_MAX, STDERR_LINES_PER_SECOND_MAX};
@@ -62,6 +64,19 @@ pub(crate) struct Spawned {
     pub(crate) device: DeviceChoice,
     /// What it may hold there; 0 on the processor.
     pub(crate) device_budget: Bytes,
+    /// The control group that it is in alone.
+    pub(crate) leaf: Option<Arc<Leaf>>,
+}
+
+/// What workers get of this machine.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// What one may hold on a card; 0 is a share of it.
+    pub device_memory: Bytes,
+    /// What one may hold of the host's memory, where there is a bound beside its plan.
+    pub memory: Option<Bytes>,
+    /// The control group for them, one after the other, where there is one.
+    pub leaf: Option<Arc<Leaf>>,
 }
 
 /// What a worker must know before it hears anything, for its walls are built by it. The plan repeats the folder.
@@ -100,6 +115,7 @@ pub struct Spawner {
     orders: mpsc::Sender<Order>,
     devices: Devices,
     startup: Arc<Startup>,
+    host: Host,
     history: Arc<Mutex<History>>,
 }
 
@@ -111,7 +127,7 @@ impl Spawner {
     ///
     /// # Panics
     /// Outside of a tokio runtime.
-    pub fn new(devices: Devices, device_memory: Bytes, startup: Startup) -> io::Result<Spawner> {
+    pub fn new(devices: Devices, host: Host, startup: Startup) -> io::Result<Spawner> {
         let (orders, mut received) = mpsc::channel::<Order>(1);
         let runtime = tokio::runtime::Handle::current();
         thread::Builder::new().name("spawner".into()).spawn(move || {
@@ -121,8 +137,8 @@ impl Spawner {
                 drop(reply.send(spawn(&decision, &startup)));
             }
         })?;
-        let history = History { budget: Budget::new(device_memory), started: Instant::now() };
-        Ok(Spawner { orders, devices, startup: Arc::new(startup), history: Arc::new(Mutex::new(history)) })
+        let history = History { budget: Budget::new(host.device_memory), started: Instant::now() };
+        Ok(Spawner { orders, devices, startup: Arc::new(startup), host, history: Arc::new(Mutex::new(history)) })
     }
 
     /// Starts a worker, once it is known where it computes and the memory of the one before it has been given back.
@@ -143,7 +159,25 @@ impl Spawner {
         if let (Some(pid), Some(_)) = (child.id(), &decision.card) {
             self.devices.memory.worker_started(pid);
         }
-        Ok(Spawned { child, stream, device: decision.device, device_budget: self.budget(&decision) })
+        let leaf = child.id().and_then(|pid| self.take_in(pid));
+        Ok(Spawned { child, stream, device: decision.device, device_budget: self.budget(&decision), leaf })
+    }
+
+    /// Moves a worker into the control group for workers; it has taken next to no memory yet.
+    fn take_in(&self, pid: u32) -> Option<Arc<Leaf>> {
+        let leaf = self.host.leaf.clone()?;
+        match leaf.take_in(pid) {
+            Ok(()) => Some(leaf),
+            Err(error) => {
+                warn!(pid, %error, "worker does not get into its control group");
+                None
+            }
+        }
+    }
+
+    /// Gives what a worker may hold of the host's memory, where there is a bound beside its plan.
+    pub(crate) fn host_memory(&self) -> Option<Bytes> {
+        self.host.memory
     }
 
     /// Says how much isolation a worker must have.

@@ -30,6 +30,7 @@ fn the_defaults_are_as_documented() {
     assert_eq!((config.model_id.as_str(), config.aliases.len()), ("bulkhead-demo", 0));
     assert_eq!((config.device, config.sequences_max), (DeviceSetting::Auto, 8));
     assert_eq!((config.device_memory, config.kv_cache_type), (Bytes(0), KvType::Bf16));
+    assert_eq!((config.host_memory, config.worker_cgroup), (Bytes(0), WorkerCgroup::Auto));
     assert_eq!(config.worker_cuda.file_name().and_then(|name| name.to_str()), Some("bulkhead-worker-cuda"));
     assert_eq!(config.shutdown_timeout, Duration::from_secs(5));
     assert_eq!(config.worker.file_name().and_then(|name| name.to_str()), Some("bulkhead-worker"));
@@ -92,6 +93,8 @@ fn single_values_are_judged() {
         ),
         (&["--device-memory", "5000GiB"], "--device-memory: device_memory: 5000.0 GiB is not from"),
         (&["--cpu", "sse2"], "--cpu: cpu: \"sse2\" is none of auto, scalar, avx2, avxvnni, avx512, amx"),
+        (&["--host-memory", "8 TB"], "--host-memory: host_memory: \"8 TB\" is not an amount of memory"),
+        (&["--worker-cgroup", "on"], "--worker-cgroup: worker_cgroup: \"on\" is none of auto, off"),
         (&["--kv-cache-type", "int4"], "--kv-cache-type: kv_cache_type: \"int4\" is none of bf16, int8"),
         (&["--device", "cpu", "--kv-cache-type", "int8"], "--kv-cache-type: kv_cache_type: int8 is for a CUDA card"),
         (&["--device", "gpu"], "--device: device: \"gpu\" is not a device"),

@@ -9,11 +9,11 @@ use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use bulkhead_shared::message::Piece;
-use serde_json::Value;
+use serde::Serialize;
 
 use super::error::ApiError;
-use super::wire::Head;
+use super::logprobs::Offset;
+use super::wire::{Head, Object};
 use crate::journal::{Cursor, End, News};
 use crate::limits::KEEP_ALIVE_INTERVAL;
 use crate::tickets::Ticket;
@@ -26,13 +26,13 @@ const DONE: &[u8] = b"data: [DONE]\n\n";
 /// Cancel safety: dropping it cancels the request.
 pub(crate) async fn whole(ticket: Ticket, head: Head) -> Result<Response, ApiError> {
     let mut cursor = Cursor::default();
-    let mut pieces = Vec::new();
+    let mut parts = Vec::new();
     loop {
         let news = ticket.read(&mut cursor).await;
-        pieces.extend(news.pieces);
+        parts.extend(news.parts);
         match news.end {
             None => {}
-            Some(End::Done { reason, usage }) => return Ok(Json(head.whole(pieces, reason, usage)).into_response()),
+            Some(End::Done { reason, usage }) => return Ok(Json(head.whole(parts, reason, usage)).into_response()),
             Some(end) => return Err(ApiError::Ended(end)),
         }
     }
@@ -47,7 +47,8 @@ pub(crate) async fn stream(ticket: Ticket, head: Head, has_usage: bool) -> Resul
     if let (false, Some(end)) = (news.is_accepted, &news.end) {
         return Err(ApiError::Ended(end.clone()));
     }
-    let events = Events { ticket, cursor, head, has_usage, next: Some(Step::Open(news)) };
+    let offset = Offset::default();
+    let events = Events { ticket, cursor, head, has_usage, offset, next: Some(Step::Open(news)) };
     let body = Body::from_stream(futures_util::stream::unfold(events, Events::next));
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8")),
@@ -61,6 +62,8 @@ struct Events {
     cursor: Cursor,
     head: Head,
     has_usage: bool,
+    /// Behind the tokens that were told of.
+    offset: Offset,
     next: Option<Step>,
 }
 
@@ -74,7 +77,7 @@ impl Events {
         let mut bytes = Vec::new();
         let news = match self.next.take()? {
             Step::Open(news) => {
-                self.head.opening().iter().for_each(|chunk| self.write(&mut bytes, chunk));
+                self.head.opening().into_iter().for_each(|chunk| self.write(&mut bytes, chunk));
                 news
             }
             Step::Read => {
@@ -88,8 +91,9 @@ impl Events {
                 }
             }
         };
-        for piece in news.pieces {
-            self.write_piece(&mut bytes, piece);
+        for part in news.parts {
+            let chunk = self.head.part(part, &mut self.offset);
+            self.write(&mut bytes, chunk);
         }
         match news.end {
             None => self.next = Some(Step::Read),
@@ -98,14 +102,10 @@ impl Events {
         Some((Ok(bytes.into()), self))
     }
 
-    fn write_piece(&self, bytes: &mut Vec<u8>, piece: Piece) {
-        self.write(bytes, &self.head.piece(piece));
-    }
-
     fn write_end(&self, bytes: &mut Vec<u8>, end: End) {
         match end {
             End::Done { reason, usage } => {
-                self.write(bytes, &self.head.closing(reason));
+                self.write(bytes, self.head.closing(reason));
                 if self.has_usage {
                     event(bytes, &self.head.usage(usage));
                 }
@@ -122,17 +122,13 @@ impl Events {
     }
 
     /// Writes a chunk. Where usage was asked for, all chunks but the last carry a `usage` of null.
-    fn write(&self, bytes: &mut Vec<u8>, chunk: &Value) {
-        if self.has_usage {
-            let mut chunk = chunk.clone();
-            chunk["usage"] = Value::Null;
-            event(bytes, &chunk);
-        } else {
-            event(bytes, chunk);
-        }
+    fn write(&self, bytes: &mut Vec<u8>, chunk: Object<'_>) {
+        event(bytes, &if self.has_usage { chunk.without_usage() } else { chunk });
     }
 }
 
-fn event(bytes: &mut Vec<u8>, object: &Value) {
-    bytes.extend_from_slice(format!("data: {object}\n\n").as_bytes());
+fn event(bytes: &mut Vec<u8>, object: &impl Serialize) {
+    bytes.extend_from_slice(b"data: ");
+    serde_json::to_writer(&mut *bytes, object).expect("what we answer is JSON, and memory takes it");
+    bytes.extend_from_slice(b"\n\n");
 }

@@ -89,6 +89,7 @@ impl ApiError {
             ApiError::Refused(refusal) => match refusal {
                 Refusal::Loading => Shape::server(StatusCode::SERVICE_UNAVAILABLE, "model_loading", Some(2)),
                 Refusal::Unserved(_) => Shape::server(StatusCode::SERVICE_UNAVAILABLE, "model_unavailable", Some(30)),
+                Refusal::Stopping => Shape::server(StatusCode::SERVICE_UNAVAILABLE, "model_unavailable", Some(30)),
                 Refusal::Draining => Shape::server(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", Some(5)),
                 Refusal::Full { retry_after, .. } => Shape::rate_limit(*retry_after),
             },

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::App;
 use crate::child::lifecycle::State as ChildState;
+use crate::child::oom::Source;
 use crate::fleet::{Fleet, Health};
 use crate::nvml::Sample;
 
@@ -81,6 +82,8 @@ pub(crate) fn worker(fleet: &Fleet) -> Value {
         "restarts": status.restarts(),
         "since_s": status.since.elapsed().as_secs(),
         "last_end": status.last_end,
+        "stops_when_idle": fleet.is_stopping(),
+        "oom_told_by": status.oom_source.map(Source::as_str),
         "isolation": status.layers.iter().map(|layer| layer.as_str()).collect::<Vec<_>>(),
     });
     let missing = Layer::missing(&status.layers);

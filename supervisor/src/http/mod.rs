@@ -14,6 +14,7 @@ mod cors;
 mod error;
 mod health;
 mod host;
+mod logprobs;
 pub mod server;
 
 mod wire;
@@ -44,7 +45,7 @@ use auth::KeyName;
 use connections::{Stage, Waits};
 use error::{ApiError, REQUEST_ID};
 pub(crate) use health::worker;
-use wire::{Form, Head};
+use wire::{Detail, Form, Head};
 
 /// What the handlers share.
 #[derive(Debug)]
@@ -152,7 +153,8 @@ async fn generate(app: &App, http: Request, form: Form, check: Check) -> Result<
     let request = check(&body.bytes, admission)?;
     let model = app.fleet.find(request.model.as_deref())?;
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    let head = Head::new(form, created, model);
+    let detail = request.generate.logprobs.map_or(Detail::Text, |_| Detail::Tokens);
+    let head = Head::new((form, detail), created, model);
     let ticket = app.fleet.tickets.admit(request.generate, request::weight(body.bytes.len()), client)?;
     drop(body);
     debug!(http_request = name.map(|name| name.0), request = ticket.id().0, "request is admitted");

@@ -1,8 +1,11 @@
 //! OpenAI's answers as JSON: objects of a whole answer and chunks of a stream.
 
-use bulkhead_shared::message::{FinishReason, Piece, Usage};
-use serde_json::{Map, Value, json};
+use bulkhead_shared::message::{FinishReason, Logprobs, Piece, Usage};
+use serde::Serialize;
+use serde_json::{Value, json};
 
+use super::logprobs::{ChatTokens, Offset, TextTokens};
+use crate::journal::Part;
 use crate::random;
 
 /// Which of the two kinds of answers is given.
@@ -12,83 +15,139 @@ pub(crate) enum Form {
     Text,
 }
 
+/// What is told of the tokens of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Detail {
+    /// Nothing.
+    Text,
+    /// Their log-probabilities.
+    Tokens,
+}
+
 /// What every object of one answer repeats.
 #[derive(Clone, Debug)]
 pub(crate) struct Head {
     form: Form,
+    detail: Detail,
     id: String,
     created: u64,
     model: String,
 }
 
+/// An answer, or a chunk of one.
+#[derive(Debug, Serialize)]
+pub(crate) struct Object<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<Choice>,
+    /// The outer one says whether the key is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Value>>,
+}
+
+#[derive(Debug, Serialize)]
+struct Choice {
+    index: u32,
+    #[serde(flatten)]
+    body: Body,
+    logprobs: Option<Told>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Body {
+    Message(Value),
+    Delta(Value),
+    Text(String),
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Told {
+    Chat(ChatTokens),
+    Text(TextTokens),
+}
+
+impl Object<'_> {
+    /// Says that usage comes later.
+    pub(crate) fn without_usage(self) -> Self {
+        Object { usage: Some(None), ..self }
+    }
+}
+
 impl Head {
     /// Names a new answer. Units: `created` in seconds since 1970.
-    pub(crate) fn new(form: Form, created: u64, model: &str) -> Head {
+    pub(crate) fn new((form, detail): (Form, Detail), created: u64, model: &str) -> Head {
         let prefix = match form {
             Form::Chat => "chatcmpl-",
             Form::Text => "cmpl-",
         };
-        Head { form, id: random::id(prefix), created, model: model.to_owned() }
+        Head { form, detail, id: random::id(prefix), created, model: model.to_owned() }
     }
 
     /// Gives a whole answer.
-    pub(crate) fn whole(&self, pieces: Vec<Piece>, reason: FinishReason, usage: Usage) -> Value {
-        let mut choice = match self.form {
-            Form::Chat => json!({"index": 0, "message": message(pieces)}),
-            Form::Text => json!({"index": 0, "text": plain_text(pieces)}),
+    pub(crate) fn whole(&self, parts: Vec<Part>, reason: FinishReason, usage: Usage) -> Object<'_> {
+        let (mut pieces, mut logprobs) = (Vec::with_capacity(parts.len()), Vec::new());
+        for part in parts {
+            pieces.push(part.piece);
+            logprobs.extend(part.logprobs);
+        }
+        let (kind, body) = match self.form {
+            Form::Chat => ("chat.completion", Body::Message(message(pieces))),
+            Form::Text => ("text_completion", Body::Text(plain_text(pieces))),
         };
-        choice["logprobs"] = Value::Null;
-        choice["finish_reason"] = finish_word(reason).into();
-        let mut answer = self.object(match self.form {
-            Form::Chat => "chat.completion",
-            Form::Text => "text_completion",
-        });
-        answer.insert("choices".into(), json!([choice]));
-        answer.insert("usage".into(), usage_object(usage));
-        Value::Object(answer)
+        let logprobs = self.told(logprobs, &mut Offset::default());
+        let choice = Choice { index: 0, body, logprobs, finish_reason: Some(finish_word(reason)) };
+        Object { usage: Some(Some(usage_object(usage))), ..self.object(kind, vec![choice]) }
     }
 
     /// Gives the chunk that opens a stream, where the form has one.
-    pub(crate) fn opening(&self) -> Option<Value> {
+    pub(crate) fn opening(&self) -> Option<Object<'_>> {
         match self.form {
-            Form::Chat => Some(self.chunk(json!({"delta": {"role": "assistant", "content": ""}}), None)),
+            Form::Chat => Some(self.chunk(Body::Delta(json!({"role": "assistant", "content": ""})), None, None)),
             Form::Text => None,
         }
     }
 
-    /// Gives the chunk of one piece.
-    pub(crate) fn piece(&self, piece: Piece) -> Value {
+    /// Gives the chunk of one part, which begins behind the tokens that `offset` has passed.
+    pub(crate) fn part(&self, part: Part, offset: &mut Offset) -> Object<'_> {
+        let is_content = matches!(part.piece, Piece::Content(_));
+        let logprobs = if is_content { self.told(part.logprobs, offset) } else { None };
         let body = match self.form {
-            Form::Chat => json!({"delta": delta(piece)}),
-            Form::Text => json!({"text": plain_text(vec![piece])}),
+            Form::Chat => Body::Delta(delta(part.piece)),
+            Form::Text => Body::Text(plain_text(vec![part.piece])),
         };
-        self.chunk(body, None)
+        self.chunk(body, logprobs, None)
     }
 
     /// Gives the chunk that tells why a stream ends.
-    pub(crate) fn closing(&self, reason: FinishReason) -> Value {
+    pub(crate) fn closing(&self, reason: FinishReason) -> Object<'_> {
         let body = match self.form {
-            Form::Chat => json!({"delta": {}}),
-            Form::Text => json!({"text": ""}),
+            Form::Chat => Body::Delta(json!({})),
+            Form::Text => Body::Text(String::new()),
         };
-        self.chunk(body, Some(reason))
+        self.chunk(body, None, Some(reason))
     }
 
     /// Gives the chunk that tells what was used.
-    pub(crate) fn usage(&self, usage: Usage) -> Value {
-        let mut chunk = self.object(self.chunk_kind());
-        chunk.insert("choices".into(), json!([]));
-        chunk.insert("usage".into(), usage_object(usage));
-        Value::Object(chunk)
+    pub(crate) fn usage(&self, usage: Usage) -> Object<'_> {
+        Object { usage: Some(Some(usage_object(usage))), ..self.object(self.chunk_kind(), Vec::new()) }
     }
 
-    fn chunk(&self, mut choice: Value, reason: Option<FinishReason>) -> Value {
-        choice["index"] = 0.into();
-        choice["logprobs"] = Value::Null;
-        choice["finish_reason"] = reason.map(finish_word).into();
-        let mut chunk = self.object(self.chunk_kind());
-        chunk.insert("choices".into(), json!([choice]));
-        Value::Object(chunk)
+    fn told(&self, logprobs: Vec<Logprobs>, offset: &mut Offset) -> Option<Told> {
+        match (self.detail, self.form) {
+            (Detail::Text, _) => None,
+            (Detail::Tokens, Form::Chat) => Some(Told::Chat(ChatTokens::new(logprobs))),
+            (Detail::Tokens, Form::Text) => Some(Told::Text(TextTokens::new(logprobs, offset))),
+        }
+    }
+
+    fn chunk(&self, body: Body, logprobs: Option<Told>, reason: Option<FinishReason>) -> Object<'_> {
+        let choice = Choice { index: 0, body, logprobs, finish_reason: reason.map(finish_word) };
+        self.object(self.chunk_kind(), vec![choice])
     }
 
     fn chunk_kind(&self) -> &'static str {
@@ -98,13 +157,8 @@ impl Head {
         }
     }
 
-    fn object(&self, kind: &str) -> Map<String, Value> {
-        let mut object = Map::new();
-        object.insert("id".into(), self.id.as_str().into());
-        object.insert("object".into(), kind.into());
-        object.insert("created".into(), self.created.into());
-        object.insert("model".into(), self.model.as_str().into());
-        object
+    fn object(&self, object: &'static str, choices: Vec<Choice>) -> Object<'_> {
+        Object { id: &self.id, object, created: self.created, model: &self.model, choices, usage: None }
     }
 }
 

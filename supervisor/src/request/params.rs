@@ -1,7 +1,9 @@
 //! The parameters beside the conversation: sampling, limits, stop strings, and the long tail.
 
 use bulkhead_shared::generate::{Prompt, ReasoningEffort, Sampling};
-use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX};
+use bulkhead_shared::limits::{
+    CONTEXT_TOKENS_MAX, LOGPROBS_TOP_MAX, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX, logprob_tokens_max,
+};
 use serde_json::value::RawValue;
 use serde_json::{Number, Value};
 
@@ -53,7 +55,6 @@ const NEUTRAL: &[(&str, &[&str])] = &[
     ("json_schema", &[]),
     ("length_penalty", &["1"]),
     ("logit_bias", &["{}"]),
-    ("logprobs", &["false"]),
     ("min_tokens", &["0"]),
     ("mirostat", &["0"]),
     ("modalities", &["[\"text\"]"]),
@@ -69,7 +70,6 @@ const NEUTRAL: &[(&str, &[&str])] = &[
     ("stop_token_ids", &["[]"]),
     ("structured_outputs", &[]),
     ("suffix", &["\"\""]),
-    ("top_logprobs", &["0"]),
     ("typical_p", &["1"]),
     ("use_beam_search", &["false"]),
     ("verbosity", &["\"medium\""]),
@@ -79,6 +79,7 @@ const NEUTRAL: &[(&str, &[&str])] = &[
 /// Parameters that are honoured: for suggestions.
 const HONOURED: &[&str] = &[
     "frequency_penalty",
+    "logprobs",
     "max_completion_tokens",
     "max_tokens",
     "messages",
@@ -97,6 +98,7 @@ const HONOURED: &[&str] = &[
     "tool_choice",
     "tools",
     "top_k",
+    "top_logprobs",
     "top_p",
 ];
 
@@ -168,6 +170,53 @@ pub(super) fn max_tokens(fields: &mut Fields<'_>) -> Result<Option<u32>, Request
             Err(invalid("max_tokens", format!("is {old} and max_completion_tokens is {new}: send one of them")))
         }
         (old, new) => Ok(new.or(old)),
+    }
+}
+
+/// Takes `logprobs` and `top_logprobs` of a conversation: whether log-probabilities are told, and of how many tokens beside
+/// the one that is generated.
+pub(super) fn chat_logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, RequestError> {
+    let is_asked = fields.take("logprobs", "must be true or false")?.unwrap_or(false);
+    match (is_asked, top_logprobs(fields, "top_logprobs")?) {
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (false, None | Some(0)) => Ok(None),
+        (false, Some(_)) => Err(invalid("top_logprobs", "needs logprobs: true")),
+    }
+}
+
+/// Takes `logprobs` of a text completion, which is a number there.
+pub(super) fn completion_logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, RequestError> {
+    if top_logprobs(fields, "top_logprobs")?.is_some_and(|top| top > 0) {
+        return Err(unsupported("top_logprobs", "a text completion takes the number as logprobs"));
+    }
+    match fields.raw("logprobs") {
+        Some(value) if value.get() == "false" => Ok(None),
+        Some(value) => parse_top("logprobs", value).map(Some),
+        None => Ok(None),
+    }
+}
+
+fn top_logprobs(fields: &mut Fields<'_>, key: &str) -> Result<Option<u32>, RequestError> {
+    fields.raw(key).map(|value| parse_top(key, value)).transpose()
+}
+
+fn parse_top(param: &str, value: &RawValue) -> Result<u32, RequestError> {
+    let must = format!("must be a whole number from 0 to {LOGPROBS_TOP_MAX}");
+    match serde_json::from_str(value.get()) {
+        Ok(top) if top <= LOGPROBS_TOP_MAX => Ok(top),
+        Ok(_) | Err(_) => Err(invalid(param, must)),
+    }
+}
+
+/// Checks that so many tokens may be told of.
+pub(super) fn check_logprobs(param: &str, logprobs: Option<u32>, max_tokens: Option<u32>) -> Result<(), RequestError> {
+    let (Some(top), Some(tokens)) = (logprobs, max_tokens) else { return Ok(()) };
+    match logprob_tokens_max(top) {
+        max if tokens > max => Err(invalid(
+            param,
+            format!("of {top} goes with at most {max} tokens, not {tokens}: lower it or max_tokens"),
+        )),
+        _ => Ok(()),
     }
 }
 

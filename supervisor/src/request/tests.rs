@@ -1,7 +1,9 @@
 //! Tests of the judgement of requests, by tables.
 
 use bulkhead_shared::generate::{Chat, Message, ReasoningEffort};
-use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, MESSAGES_MAX, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX, TOOLS_MAX};
+use bulkhead_shared::limits::{
+    CONTEXT_TOKENS_MAX, MESSAGES_MAX, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX, TOOLS_MAX, logprob_tokens_max,
+};
 use serde_json::{Value, json};
 
 use super::*;
@@ -64,6 +66,15 @@ fn a_value_out_of_bounds_is_refused_by_name() {
         ("max_tokens", json!({"max_tokens": CONTEXT_TOKENS_MAX + 1})),
         ("max_tokens", json!({"max_tokens": 1, "max_completion_tokens": 2})),
         ("max_completion_tokens", json!({"max_completion_tokens": 0})),
+        ("logprobs", json!({"logprobs": 5})),
+        ("logprobs", json!({"logprobs": "true"})),
+        ("top_logprobs", json!({"logprobs": true, "top_logprobs": 21})),
+        ("top_logprobs", json!({"logprobs": true, "top_logprobs": -1})),
+        ("top_logprobs", json!({"logprobs": true, "top_logprobs": 1.5})),
+        ("top_logprobs", json!({"logprobs": true, "top_logprobs": "5"})),
+        ("top_logprobs", json!({"top_logprobs": 1})),
+        ("top_logprobs", json!({"logprobs": false, "top_logprobs": 1})),
+        ("top_logprobs", json!({"logprobs": true, "top_logprobs": 20, "max_tokens": logprob_tokens_max(20) + 1})),
         ("stop", json!({"stop": ""})),
         ("stop", json!({"stop": ["a", ""]})),
         ("stop", json!({"stop": 5})),
@@ -81,8 +92,6 @@ fn a_value_out_of_bounds_is_refused_by_name() {
         ("response_format", json!({"response_format": {"type": "json_object"}})),
         ("response_format", json!({"response_format": {"type": "json_schema", "json_schema": {}}})),
         ("response_format.type", json!({"response_format": {}})),
-        ("logprobs", json!({"logprobs": true})),
-        ("top_logprobs", json!({"top_logprobs": 3})),
         ("logit_bias", json!({"logit_bias": {"5": 1}})),
         ("functions", json!({"functions": [{"name": "f"}]})),
         ("modalities", json!({"modalities": ["text", "audio"]})),
@@ -118,6 +127,27 @@ fn bounds_are_inclusive() {
         json!({"seed": i64::MIN}),
     ] {
         accepted(&extra);
+    }
+}
+
+#[test]
+fn log_probabilities_are_asked_for_in_two_ways() {
+    for (extra, expected) in [
+        (json!({}), None),
+        (json!({"logprobs": false}), None),
+        (json!({"logprobs": null, "top_logprobs": 0}), None),
+        (json!({"logprobs": true}), Some(0)),
+        (json!({"logprobs": true, "top_logprobs": 20, "max_tokens": logprob_tokens_max(20)}), Some(20)),
+    ] {
+        assert_eq!(accepted(&extra).logprobs, expected, "{extra}");
+    }
+    let ask = |logprobs: Value| {
+        let body = json!({"prompt": "x", "logprobs": logprobs}).to_string();
+        completion(body.as_bytes(), admission()).expect("is good").generate.logprobs
+    };
+    for (logprobs, expected) in [(json!(null), None), (json!(false), None), (json!(0), Some(0)), (json!(20), Some(20))]
+    {
+        assert_eq!(ask(logprobs), expected);
     }
 }
 
@@ -270,7 +300,11 @@ fn a_completion_takes_one_prompt_in_four_forms() {
         ("echo", json!({"prompt": "x", "echo": true})),
         ("suffix", json!({"prompt": "x", "suffix": "y"})),
         ("best_of", json!({"prompt": "x", "best_of": 2})),
-        ("logprobs", json!({"prompt": "x", "logprobs": 0})),
+        ("logprobs", json!({"prompt": "x", "logprobs": true})),
+        ("logprobs", json!({"prompt": "x", "logprobs": 21})),
+        ("logprobs", json!({"prompt": "x", "logprobs": -1})),
+        ("logprobs", json!({"prompt": "x", "logprobs": 20, "max_tokens": logprob_tokens_max(20) + 1})),
+        ("top_logprobs", json!({"prompt": "x", "logprobs": 1, "top_logprobs": 1})),
     ] {
         let error = ask(body.clone()).expect_err(param);
         assert_eq!(named(&error), Some(param), "{body}: {error}");

@@ -17,7 +17,7 @@ use super::{Listed, Refusal};
 use crate::blame::Blame;
 use crate::child::exit::Cause;
 use crate::child::{Command, Report};
-use crate::journal::{End, Journal};
+use crate::journal::{End, Journal, Made};
 use crate::limits::UNREAD_BYTES_MAX;
 use crate::metrics::Metrics;
 use crate::queue::{Bounds, Place, Queue};
@@ -28,6 +28,8 @@ pub(super) enum Door {
     Loading,
     Open,
     Unserved(String),
+    /// Closed until the worker has been stopped, or is wanted again and this is so again.
+    Stopping(Box<Door>),
     Draining,
 }
 
@@ -41,6 +43,8 @@ pub(super) struct Book {
     orders: VecDeque<Command>,
     /// The incarnation that takes requests now.
     up: Option<u32>,
+    /// The last one that did.
+    last_up: u32,
     last_id: u64,
     last_turn: u64,
     metrics: Arc<Metrics>,
@@ -107,6 +111,7 @@ impl Book {
             requests: HashMap::new(),
             orders: VecDeque::new(),
             up: None,
+            last_up: 0,
             last_id: 0,
             last_turn: 0,
             metrics,
@@ -118,6 +123,7 @@ impl Book {
             Door::Open => Ok(()),
             Door::Loading => Err(Refusal::Loading),
             Door::Unserved(reason) => Err(Refusal::Unserved(reason.clone())),
+            Door::Stopping(_) => Err(Refusal::Stopping),
             Door::Draining => Err(Refusal::Draining),
         }
     }
@@ -149,6 +155,10 @@ impl Book {
         Ok((id, journal))
     }
 
+    pub(super) fn last_up(&self) -> u32 {
+        self.last_up
+    }
+
     pub(super) fn open(&self) -> usize {
         self.requests.len()
     }
@@ -175,6 +185,29 @@ impl Book {
 
     pub(super) fn drain(&mut self) {
         self.door = Door::Draining;
+    }
+
+    /// Takes no more requests until the worker has been stopped. False where the supervisor is ending.
+    pub(super) fn stop(&mut self) -> bool {
+        match &self.door {
+            Door::Draining => return false,
+            Door::Stopping(_) => {}
+            before @ (Door::Loading | Door::Open | Door::Unserved(_)) => {
+                self.door = Door::Stopping(Box::new(before.clone()));
+            }
+        }
+        true
+    }
+
+    /// Takes requests again, if they were refused because the worker was to be stopped: true for that.
+    pub(super) fn stop_not(&mut self) -> bool {
+        let Door::Stopping(before) = &self.door else { return false };
+        self.door = Door::clone(before);
+        true
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        matches!(self.door, Door::Stopping(_))
     }
 
     pub(super) fn end_all(&mut self) {
@@ -215,13 +248,13 @@ impl Book {
         if !std::mem::replace(&mut entry.was_handed, true) {
             self.metrics.counts().queued.add(now.saturating_duration_since(entry.admitted), 1);
         }
-        let (resume, text_bytes) = entry.journal.so_far();
+        let (resume, so_far) = entry.journal.so_far();
         if !resume.is_empty() {
             self.metrics.counts().resumes += 1;
             debug!(incarnation, request = id.0, tokens = resume.len(), "request is resumed");
         }
         let generate = Box::new(Generate { resume, ..entry.generate.clone() });
-        Some(Command::Generate { incarnation, generate, text_bytes })
+        Some(Command::Generate { incarnation, generate, so_far })
     }
 
     pub(super) fn take_report(&mut self, report: Report) {
@@ -229,9 +262,11 @@ impl Book {
             Report::Started { after: None, .. } => {}
             Report::Started { after: Some(cause), .. } => self.metrics.counts().restart(cause.label()),
             Report::Up { incarnation } => {
-                self.up = Some(incarnation);
-                if self.door != Door::Draining {
-                    self.door = Door::Open;
+                (self.up, self.last_up) = (Some(incarnation), incarnation);
+                match &mut self.door {
+                    Door::Draining => {}
+                    Door::Stopping(before) => **before = Door::Open,
+                    door @ (Door::Loading | Door::Open | Door::Unserved(_)) => *door = Door::Open,
                 }
             }
             Report::Message(message) => self.take_message(message),
@@ -299,10 +334,11 @@ impl Book {
                     self.metrics.counts().prompt_tokens += u64::from(tokens);
                 }
             }
-            FromWorker::Delta { id, tokens, pieces } => {
+            FromWorker::Delta { id, tokens, pieces, logprobs, runs } => {
                 if let Some(entry) = self.requests.get_mut(&id) {
-                    entry.journal.add(&tokens, pieces);
-                    entry.count_tokens(&self.metrics, tokens.len(), Instant::now());
+                    let count = tokens.len();
+                    entry.journal.add(Made { tokens, pieces, logprobs, runs });
+                    entry.count_tokens(&self.metrics, count, Instant::now());
                     if entry.standing == Standing::Running && entry.journal.unread_bytes() > UNREAD_BYTES_MAX {
                         entry.standing = Standing::Holding;
                         self.orders.push_back(Command::Cancel(id));
@@ -310,9 +346,9 @@ impl Book {
                     self.gained(id);
                 }
             }
-            FromWorker::Done { id, pieces, reason, usage } => {
+            FromWorker::Done { id, pieces, runs, reason, usage } => {
                 if let Some(entry) = self.requests.get(&id) {
-                    entry.journal.add(&[], pieces);
+                    entry.journal.add(Made { pieces, runs, ..Made::default() });
                 }
                 self.end(id, End::Done { reason, usage });
             }

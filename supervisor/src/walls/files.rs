@@ -21,6 +21,8 @@ const VERSION: ABI = ABI::V3;
 pub struct Writable {
     /// Folders, with all below.
     pub folders: Vec<PathBuf>,
+    /// The folder in which a control group may be removed.
+    pub control_group: Option<PathBuf>,
     /// Whether a worker may compute on a card.
     pub may_use_card: bool,
 }
@@ -51,6 +53,9 @@ fn rules(writable: &Writable) -> Result<RulesetCreated, RulesetError> {
     let mut rules = Ruleset::default().handle_access(all)?.create()?;
     for folder in &writable.folders {
         rules = allow(rules, folder, all)?;
+    }
+    if let Some(folder) = &writable.control_group {
+        rules = allow(rules, folder, AccessFs::RemoveDir.into())?;
     }
     // What a started program gets in place of an input or output.
     rules = allow(rules, Path::new("/dev/null"), content)?;

@@ -242,6 +242,6 @@ pub fn raise(_begun: Begun, identity: &Identity, writable: &Writable) -> Result<
 
 /// Gives the places that a supervisor with this configuration has to write to.
 #[must_use]
-pub fn writable(runtime_dir: PathBuf, may_use_card: bool) -> Writable {
-    Writable { folders: vec![runtime_dir], may_use_card }
+pub fn writable(runtime_dir: PathBuf, control_group: Option<PathBuf>, may_use_card: bool) -> Writable {
+    Writable { folders: vec![runtime_dir], control_group, may_use_card }
 }

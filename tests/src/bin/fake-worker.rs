@@ -5,7 +5,7 @@
 //! reasoning, `[call]` calls the tool `lookup` at the end. The others misbehave, `=N` after N tokens: `[exit=N,CODE]`,
 //! `[abort=N]`, `[hang=N]`, `[garbage=N]`, `[long-frame=N]`, `[unknown-id=N]`, `[no-prompt]`, `[flood]`, `[close=N]`,
 //! `[mute=N]` (stops reading, and so answering pings), `[hello=N]` and `[progress=N]` (say what is over), `[oom=N]` (takes memory
-//! until it is killed), `[count=N]` (tells a wrong number of tokens at the end); with `[once]` it behaves when the request
+//! until it is killed), `[count=N]` (tells a wrong number of tokens at the end), `[logprob=N,VALUE]` (tells that of a token); with `[once]` it behaves when the request
 //! is resumed behind tokens of an earlier worker. `[context]` and `[invalid]` fail the request; `[say=TEXT]` writes to
 //! standard error. The load is scripted by the lines of `fake.txt` in the model folder: `exit CODE`, `fail TEXT`,
 //! `steps N`, `stall`, `abort`. On the command line: `mute`, `wrong-version`, `no-walls` and `exit CODE` before or in the greeting.
@@ -28,7 +28,8 @@ use bulkhead_shared::generate::{Generate, Message, Prompt};
 use bulkhead_shared::layers::Layer;
 use bulkhead_shared::limits::{FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{
-    DeviceChoice, Facts, Failure, FinishReason, FromWorker, LoadPlan, PROTOCOL_VERSION, Piece, ToWorker, Usage,
+    DeviceChoice, Facts, Failure, FinishReason, FromWorker, LoadPlan, Logprobs, PROTOCOL_VERSION, Piece, ToWorker,
+    TokenLogprob, TokenRun, TokenText, Usage,
 };
 use bulkhead_shared::units::{Bytes, RequestId};
 use nix::sys::prctl;
@@ -112,6 +113,14 @@ fn take_memory() -> ! {
     let taken: Vec<_> = (0..PARTS_MAX).map(|_| std::hint::black_box(vec![1_u8; PART_BYTES])).collect();
     std::hint::black_box(&taken);
     sleep_forever()
+}
+
+/// What is told of a token by its place in the answer: each of the `top` others is half as likely as the one before.
+fn logprobs(place: usize, text: &str, top: u32) -> (Vec<Logprobs>, Vec<TokenRun>) {
+    let token = |text: String, logprob| TokenLogprob { token: TokenText::Bytes(text.into_bytes()), logprob };
+    let chosen = token(text.to_owned(), -(place as f32) / 8.0);
+    let top = (0..top).map(|rank| token(format!(" {place}-{rank}"), -std::f32::consts::LN_2 * (rank + 1) as f32));
+    (vec![Logprobs { chosen, top: top.collect() }], vec![TokenRun { skipped: 0, listed: 1 }])
 }
 
 fn sleep_forever() -> ! {
@@ -246,10 +255,13 @@ impl Worker {
                 return self.send(&FromWorker::Failed { id, failure: Failure::Cancelled });
             }
             let text = if emitted == 0 || emitted == reasoning { word.clone() } else { format!(" {word}") };
+            let top = generate.logprobs.filter(|_| emitted >= reasoning);
+            let (logprobs, runs) = top.map(|top| logprobs(emitted, &text, top)).unwrap_or_default();
             let piece = if emitted < reasoning { Piece::Reasoning(text) } else { Piece::Content(text) };
             emitted += 1;
             self.progress.fetch_add(1, Ordering::SeqCst);
-            self.send(&FromWorker::Delta { id, tokens: vec![emitted as u32], pieces: vec![piece] })?;
+            let (tokens, pieces) = (vec![emitted as u32], vec![piece]);
+            self.send(&FromWorker::Delta { id, tokens, pieces, logprobs, runs })?;
         }
         self.misbehave(&script, emitted, id)?;
         let is_cut = script.words.len() > limit;
@@ -264,7 +276,7 @@ impl Worker {
         let reasoning_tokens = u32::try_from(reasoning.min(emitted))?;
         let usage = Usage { prompt_tokens, cached_tokens: 0, completion_tokens, reasoning_tokens };
         let pieces = if is_call { vec![call] } else { Vec::new() };
-        self.send(&FromWorker::Done { id, pieces, reason, usage })
+        self.send(&FromWorker::Done { id, pieces, runs: Vec::new(), reason, usage })
     }
 
     /// Does what the script asks for after so many tokens.
@@ -290,8 +302,15 @@ impl Worker {
                 }
                 "flood" => loop {
                     let pieces = vec![Piece::Content("x".repeat(1000))];
-                    self.send(&FromWorker::Delta { id, tokens: vec![7], pieces })?;
+                    let (logprobs, runs) = (Vec::new(), Vec::new());
+                    self.send(&FromWorker::Delta { id, tokens: vec![7], pieces, logprobs, runs })?;
                 },
+                "logprob" => {
+                    let (mut logprobs, runs) = logprobs(emitted, "x", 0);
+                    logprobs[0].chosen.logprob = values.next().unwrap_or("nan").parse()?;
+                    let pieces = vec![Piece::Content("x".into())];
+                    self.send(&FromWorker::Delta { id, tokens: vec![7], pieces, logprobs, runs })?;
+                }
                 "close" => {
                     // Holds the main thread up at its next answer, where it would see the end and go.
                     let _turn = self.writing.lock().expect("no panics");

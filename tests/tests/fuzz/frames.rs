@@ -5,8 +5,8 @@ use bulkhead_shared::generate::{Chat, Generate, Message, Prompt, ReasoningEffort
 use bulkhead_shared::layers::Layer;
 use bulkhead_shared::limits::{DECODE_BYTES_MAX, FROM_WORKER_FRAME_BYTES_MAX, TO_WORKER_FRAME_BYTES_MAX};
 use bulkhead_shared::message::{
-    DeviceChoice, Facts, Failure, Faults, FinishReason, FromWorker, KvType, LoadPlan, MemoryKind, Piece, ToWorker,
-    Usage,
+    DeviceChoice, Facts, Failure, Faults, FinishReason, FromWorker, KvType, LoadPlan, Logprobs, MemoryKind, Piece,
+    ToWorker, TokenLogprob, TokenRun, TokenText, Usage,
 };
 use bulkhead_shared::units::{Bytes, RequestId};
 use bulkhead_tests::fuzz::{Random, mutate, run};
@@ -32,6 +32,7 @@ pub(crate) fn generate() -> Generate {
         sampling: Sampling { temperature: Some(0.5), top_k: Some(40), seed: u64::MAX, ..Sampling::default() },
         stop: vec!["\n\n".into()],
         max_tokens: Some(100),
+        logprobs: Some(2),
         resume: vec![1, 2, 200_002],
     }
 }
@@ -58,6 +59,12 @@ fn to_worker() -> Vec<ToWorker> {
     ]
 }
 
+fn told(logprob: f32) -> Logprobs {
+    let token = |token| TokenLogprob { token, logprob };
+    let top = vec![token(TokenText::Special("<|return|>".into())), token(TokenText::Bytes(vec![0xe2, 0x82]))];
+    Logprobs { chosen: token(TokenText::Bytes(b"word".to_vec())), top }
+}
+
 pub(crate) fn from_worker() -> Vec<FromWorker> {
     let id = RequestId(3);
     let call = Piece::ToolCall { index: 0, name: "clock".into(), arguments: "{}".into() };
@@ -79,8 +86,27 @@ pub(crate) fn from_worker() -> Vec<FromWorker> {
         FromWorker::Ready(facts),
         FromWorker::LoadFailed { detail: "model.safetensors is truncated".into() },
         FromWorker::Prompt { id, tokens: 100, cached: 0 },
-        FromWorker::Delta { id, tokens: vec![1, 2], pieces: vec![Piece::Content("grüß".into()), call] },
-        FromWorker::Done { id, pieces: Vec::new(), reason: FinishReason::ToolCalls, usage: Usage::default() },
+        FromWorker::Delta {
+            id,
+            tokens: vec![1, 2],
+            pieces: vec![Piece::Content("grüß".into()), call],
+            logprobs: vec![told(-0.5), told(-9999.0)],
+            runs: vec![TokenRun { skipped: 1, listed: 1 }],
+        },
+        FromWorker::Delta {
+            id,
+            tokens: vec![3],
+            pieces: vec![Piece::Content("a".into())],
+            logprobs: vec![told(0.0)],
+            runs: vec![TokenRun { skipped: 0, listed: 1 }],
+        },
+        FromWorker::Done {
+            id,
+            pieces: vec![Piece::Content("b".into())],
+            runs: vec![TokenRun { skipped: u32::MAX, listed: 1 }],
+            reason: FinishReason::ToolCalls,
+            usage: Usage::default(),
+        },
         FromWorker::Failed { id, failure: length },
         FromWorker::Failed { id, failure: invalid },
         FromWorker::Pong { nonce: 1, progress: u64::MAX, sequences: 1, blocks_free: 2 },

@@ -5,6 +5,7 @@ use std::fs;
 use bulkhead_shared::layers::SandboxMode;
 use bulkhead_shared::message::FromWorker;
 use bulkhead_supervisor::admin::command;
+use bulkhead_supervisor::child::SoFar;
 use bulkhead_supervisor::child::protocol::Protocol;
 use bulkhead_supervisor::config::{self, Environment, flags};
 use bulkhead_tests::fuzz::{Random, mutate, mutate_json, run};
@@ -31,7 +32,9 @@ fn converse(corpus: &[FromWorker], random: &mut Random) {
             let mut request = generate();
             request.id.0 = 3;
             request.resume.truncate(random.below(3));
-            protocol.generate_sent(&request, random.below(1 << 20));
+            request.logprobs = request.logprobs.filter(|_| random.once_in(2));
+            let so_far = SoFar { text_bytes: random.below(1 << 20), logprobs_waiting: random.below(3) };
+            protocol.generate_sent(&request, so_far);
         }
         if random.once_in(4) {
             protocol.next_nonce();

@@ -1,8 +1,9 @@
 //! What a model generates: any token may follow any other, so the parser of answers sees it all.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use bulkhead_shared::message::Piece;
+use bulkhead_shared::message::{Piece, TokenRun};
 use bulkhead_tests::fuzz::{Random, mutate, run};
 use bulkhead_tests::server::demo_model;
 use bulkhead_worker::text::answer::{Answer, AnswerEnd, AnswerKind};
@@ -50,11 +51,49 @@ fn tokens(tokenizer: &Tokenizer, random: &mut Random) -> Vec<u32> {
     tokens
 }
 
-/// Pushes tokens one by one and gives the pieces of each, and those of the end.
-fn pieces_of(answer: &mut Answer, tokens: &[u32], end: AnswerEnd) -> Vec<Vec<Piece>> {
-    let mut pieces: Vec<_> = tokens.iter().map(|token| answer.push(*token).pieces).collect();
-    pieces.push(answer.finish(end));
-    pieces
+/// What one token, or the end, brought.
+type Brought = (Vec<Piece>, Vec<TokenRun>, bool);
+
+/// Pushes tokens one by one and gives what each brought, and the end.
+fn brought_by(answer: &mut Answer, tokens: &[u32], end: AnswerEnd) -> Vec<Brought> {
+    let push = |token: &u32| {
+        let pushed = answer.push(*token);
+        (pushed.pieces, pushed.runs, pushed.is_listable)
+    };
+    let mut brought: Vec<_> = tokens.iter().map(push).collect();
+    let finished = answer.finish(end);
+    brought.push((finished.pieces, finished.runs, false));
+    brought
+}
+
+/// Checks that the tokens that were listed are those that the content is made of: their bytes are the content, where
+/// nothing of it is made up by the parser or by decoding.
+fn check_listed(kind: &AnswerKind, (tokenizer, tokens): (&Tokenizer, &[u32]), brought: &[Brought], content: &str) {
+    let mut waiting = VecDeque::new();
+    let mut listed = Vec::new();
+    for (index, (pieces, runs, is_listable)) in brought.iter().enumerate() {
+        waiting.extend(is_listable.then(|| tokens[index]));
+        let has_content = pieces.iter().any(|piece| matches!(piece, Piece::Content(_)));
+        for run in runs {
+            assert!(has_content && run.listed > 0, "{runs:?} with {pieces:?}");
+            waiting.drain(..run.skipped as usize);
+            listed.extend(waiting.drain(..run.listed as usize));
+        }
+    }
+    let bytes: Vec<u8> =
+        listed.iter().flat_map(|token| tokenizer.token_bytes(*token).expect("has text")).copied().collect();
+    if content.contains('\u{fffd}') {
+        return;
+    }
+    // Between two messages there is a blank line of the parser's, and a header in front of a text was cut off.
+    let own = content.replace("\n\n", "");
+    let mut rest = bytes.iter();
+    assert!(own.bytes().all(|byte| rest.any(|other| *other == byte)), "{content:?} is not of {bytes:?}: {tokens:?}");
+    if *kind == AnswerKind::Plain {
+        let last = listed.last().map_or(0, |token| tokenizer.token_bytes(*token).map_or(0, <[u8]>::len));
+        assert!(bytes.starts_with(content.as_bytes()), "{bytes:?} is not {content:?}: {tokens:?}");
+        assert!(bytes.len() < content.len() + last.max(1), "{bytes:?} is more than {content:?}: {tokens:?}");
+    }
 }
 
 fn check_answer(tokenizer: &Arc<Tokenizer>, random: &mut Random) {
@@ -70,27 +109,28 @@ fn check_answer(tokenizer: &Arc<Tokenizer>, random: &mut Random) {
     let text_bytes: usize = tokens.iter().filter_map(|token| tokenizer.token_bytes(*token)).map(<[u8]>::len).sum();
     let allowed = (1 << 16) + 64 * (text_bytes + 16 * tokens.len());
     let mut first = new();
-    let pieces = bounded(allowed, || pieces_of(&mut first, &tokens, end));
+    let brought = bounded(allowed, || brought_by(&mut first, &tokens, end));
 
     // A worker that takes over replays the tokens so far: from there on it must say the same.
     let cut = random.below(tokens.len() + 1);
     let mut resumed = new();
     tokens[..cut].iter().for_each(|token| drop(resumed.push(*token)));
-    assert_eq!(pieces_of(&mut resumed, &tokens[cut..], end), pieces[cut..], "replayed {cut} of {tokens:?}");
+    assert_eq!(brought_by(&mut resumed, &tokens[cut..], end), brought[cut..], "replayed {cut} of {tokens:?}");
 
     let mut content = String::new();
     let mut calls = 0;
-    for piece in pieces.into_iter().flatten() {
+    for piece in brought.iter().flat_map(|(pieces, ..)| pieces) {
         match piece {
-            Piece::Content(text) => content.push_str(&text),
+            Piece::Content(text) => content.push_str(text),
             Piece::Reasoning(_) => assert_eq!(kind, AnswerKind::Harmony, "plain text has no reasoning"),
             Piece::ToolCall { index, .. } => {
-                assert_eq!(index, calls, "calls are counted");
+                assert_eq!(*index, calls, "calls are counted");
                 calls += 1;
             }
         }
     }
     assert_eq!(first.has_tool_calls(), calls > 0);
+    check_listed(&kind, (tokenizer, &tokens), &brought, &content);
     for stop in &stops {
         assert!(!content.contains(stop), "{stop:?} is in {content:?}");
     }

@@ -1,9 +1,10 @@
 //! Whole answers: what a client gets, token by token, with stop strings and every way to end.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use bulkhead_shared::message::Piece;
-use bulkhead_worker::text::answer::{Answer, AnswerEnd, AnswerKind};
+use bulkhead_shared::message::{Piece, TokenRun};
+use bulkhead_worker::text::answer::{Answer, AnswerEnd, AnswerKind, Calls};
 use bulkhead_worker::text::error::TextError;
 use bulkhead_worker::text::tokenizer::Tokenizer;
 
@@ -29,7 +30,7 @@ fn grow(
             break;
         }
     }
-    pieces.extend(answer.finish(end));
+    pieces.extend(answer.finish(end).pieces);
     (pieces, reasoning_tokens, answer)
 }
 
@@ -107,6 +108,95 @@ fn plain_text_has_no_markers_and_ends_valid() {
     assert_eq!(content(&[u32::MAX, emoji[0], u32::MAX], &[], AnswerEnd::Length), "x", "ids without a token");
 }
 
+/// Gives the bytes of the tokens that an answer lists, put together, one list for each message.
+fn listed(tokenizer: &Arc<Tokenizer>, kind: AnswerKind, stop: &[&str], ids: &[u32], end: AnswerEnd) -> Vec<String> {
+    let stop = stop.iter().map(|stop| (*stop).to_owned()).collect();
+    let mut answer = Answer::new(kind, stop, Arc::clone(tokenizer)).expect("has harmony");
+    let (mut waiting, mut lists) = (VecDeque::new(), Vec::new());
+    let mut list = |waiting: &mut VecDeque<u32>, runs: Vec<TokenRun>| {
+        let mut bytes = Vec::new();
+        for run in runs {
+            waiting.drain(..run.skipped as usize);
+            waiting.drain(..run.listed as usize).for_each(|id| {
+                bytes.extend_from_slice(tokenizer.token_bytes(id).expect("only text is listed"));
+            });
+        }
+        lists.extend((!bytes.is_empty()).then(|| String::from_utf8_lossy(&bytes).into_owned()));
+    };
+    let mut end = end;
+    for id in ids {
+        let pushed = answer.push(*id);
+        waiting.extend(pushed.is_listable.then_some(*id));
+        list(&mut waiting, pushed.runs);
+        if pushed.stopped {
+            end = AnswerEnd::StopString;
+            break;
+        }
+    }
+    list(&mut waiting, answer.finish(end).runs);
+    lists
+}
+
+#[test]
+fn the_tokens_of_content_are_listed_when_it_comes_out() {
+    let tokenizer = model_tokenizer("gptoss_basic");
+    let harmony = |text: &str, stop: &[&str], end| {
+        listed(&tokenizer, AnswerKind::Harmony, stop, &tokenize(&tokenizer, text), end).concat()
+    };
+    let answer =
+        "<|channel|>analysis<|message|>thought<|end|><|start|>assistant<|channel|>final<|message|>Say it.<|return|>";
+    assert_eq!(harmony(answer, &[], AnswerEnd::Eos), "Say it.");
+    // Of text that a stop string holds back nothing is lost, and of the match nothing is listed.
+    let held = "<|channel|>final<|message|>an Observ<|end|><|start|>assistant<|channel|>final<|message|>more<|return|>";
+    assert_eq!(harmony(held, &["Observation:", "ABC"], AnswerEnd::Eos), "an Observmore");
+    assert_eq!(harmony(held, &["Observ"], AnswerEnd::Eos).trim_end(), "an");
+    let call = "<|channel|>commentary to=functions.f<|message|>{}<|call|>";
+    assert_eq!(harmony(call, &[], AnswerEnd::Eos), "");
+    assert_eq!(harmony("Just text, without a header", &[], AnswerEnd::Eos), "Just text, without a header");
+    assert_eq!(harmony("<|channel|>final said<|end|>", &[], AnswerEnd::Eos).trim_start(), "said");
+    // Arguments that are too long for a call are content.
+    let long = format!("{{\"a\":\"{}\"}}", "x y ".repeat(70_000));
+    let call = format!("<|channel|>commentary to=functions.f<|message|>{long}");
+    assert!(harmony(&call, &[], AnswerEnd::Length) == long, "each token is listed once");
+}
+
+#[test]
+fn the_tokens_of_plain_text_are_listed_with_their_characters() {
+    let tokenizer = model_tokenizer("gptoss_basic");
+    let ids = tokenizer.encode_ordinary("x👩 grüß").expect("encodes");
+    let plain = |ids: &[u32], stop: &[&str], end| listed(&tokenizer, AnswerKind::Plain, stop, ids, end);
+    let lists = plain(&ids, &[], AnswerEnd::Eos);
+    assert_eq!(lists.concat(), "x👩 grüß");
+    assert!(lists.iter().all(|list| !list.contains('\u{fffd}')), "a character's tokens come together: {lists:?}");
+    assert_eq!(plain(&ids[..2], &[], AnswerEnd::Length).concat(), "x\u{fffd}", "half a character at the end");
+    let marked = tokenize(&tokenizer, "<|start|>a <|channel|>b<|end|>");
+    assert_eq!(plain(&marked, &[], AnswerEnd::Eos).concat(), "a b");
+    let calls = AnswerKind::Message(Calls::Llama(vec!["add".into()]));
+    for (text, expected) in [
+        (r#"{"name": "add", "parameters": {}}"#, ""),
+        (r#"{"name": "sub", "parameters": {}}"#, r#"{"name": "sub", "parameters": {}}"#),
+    ] {
+        let ids = tokenizer.encode_ordinary(text).expect("encodes");
+        assert_eq!(listed(&tokenizer, calls.clone(), &[], &ids, AnswerEnd::Eos).concat(), expected);
+    }
+    // The space that the tokenizer put in front is in no content, and so the token that is nothing else.
+    let llama = model_tokenizer("llama_tied");
+    let ids = llama.encode_ordinary(" hello").expect("encodes");
+    let kind = AnswerKind::Message(Calls::None);
+    let content = grow(&llama, kind.clone(), &[], &ids, AnswerEnd::Eos).0;
+    let [Piece::Content(content)] = &joined(content)[..] else { panic!("content only") };
+    assert!(listed(&llama, kind, &[], &ids, AnswerEnd::Eos).concat().ends_with(content.as_str()));
+}
+
+/// Joins pieces of content.
+fn joined(pieces: Vec<Piece>) -> Vec<Piece> {
+    let text = |piece: Piece| match piece {
+        Piece::Content(text) => text,
+        Piece::Reasoning(_) | Piece::ToolCall { .. } => panic!("{piece:?} in a message"),
+    };
+    vec![Piece::Content(pieces.into_iter().map(text).collect())]
+}
+
 #[test]
 fn every_piece_has_text_and_a_replay_restores_the_state() {
     let tokenizer = model_tokenizer("gptoss_basic");
@@ -125,7 +215,7 @@ fn every_piece_has_text_and_a_replay_restores_the_state() {
                 let (mut before, mut behind) = (Vec::new(), Vec::new());
                 ids[..cut].iter().for_each(|id| before.extend(answer.push(*id).pieces));
                 ids[cut..].iter().for_each(|id| behind.extend(answer.push(*id).pieces));
-                behind.extend(answer.finish(AnswerEnd::Eos));
+                behind.extend(answer.finish(AnswerEnd::Eos).pieces);
                 assert_eq!([before, behind].concat(), whole, "{} cut at {cut}", text(case, "name"));
             }
         }
@@ -143,7 +233,7 @@ fn after_a_stop_string_nothing_comes_out() {
     let is_behind = |piece: &Piece| !matches!(piece, Piece::Content(text) if "a ".contains(text.as_str()));
     assert!(!pieces.is_empty() && !pieces.iter().any(is_behind), "{pieces:?}");
     assert!(answer.push(ids[0]).stopped);
-    assert!(answer.finish(AnswerEnd::StopString).is_empty());
+    assert!(answer.finish(AnswerEnd::StopString).pieces.is_empty());
 }
 
 #[test]

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use bulkhead_shared::generate::Sampling;
-use bulkhead_worker::engine::sampler::{History, Sampler, Scratch, model_logprob};
+use bulkhead_shared::limits::LOGPROB_MIN;
+use bulkhead_worker::engine::sampler::{History, Sampler, Scratch, opinions};
 use bulkhead_worker::text::generation_config::Defaults;
 use serde_json::Value;
 
@@ -224,9 +225,45 @@ fn the_prompt_counts_for_repetition_only() {
     assert!(!Sampler::new(&Sampling::default(), &Defaults::default()).needs_history());
 }
 
+/// The definition, term by term.
+fn log_softmax(logits: &[f32], token: usize) -> f64 {
+    let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let total: f64 = logits.iter().map(|logit| (f64::from(*logit) - most).exp()).sum();
+    f64::from(logits[token]) - most - total.ln()
+}
+
 #[test]
-fn the_models_own_opinion_sums_to_one() {
-    let logits = [300.0, 299.0, -5.0, 0.25];
-    let total: f64 = (0..4).map(|token| model_logprob(&logits, token).exp()).sum();
-    assert!((total - 1.0).abs() < 1e-12, "{total}");
+fn the_models_own_opinion_is_a_log_softmax() {
+    let many: Vec<f32> = (0..5000_u16).map(|i| f32::from(i * 7 % 1000) / 40.0 - 10.0).collect();
+    for logits in [&[300.0, 299.0, -5.0, 0.25][..], &[0.5], &many] {
+        let (_, all) = opinions(logits, 0, logits.len(), &mut Scratch::default());
+        assert_eq!(all.len(), logits.len());
+        for opinion in &all {
+            let expected = log_softmax(logits, opinion.token as usize);
+            // What a single rounding to f32 costs.
+            let error = (f64::from(opinion.logprob) - expected).abs();
+            assert!(error <= expected.abs() * f64::from(f32::EPSILON) + 1e-12, "{opinion:?} instead of {expected}");
+        }
+        let total: f64 = all.iter().map(|opinion| f64::from(opinion.logprob).exp()).sum();
+        assert!((total - 1.0).abs() < 1e-5, "{total}");
+    }
+}
+
+#[test]
+fn the_most_likely_come_first_and_the_lower_id_among_equals() {
+    let logits = [1.0, 3.0, 2.0, 3.0, -1.0, 2.0];
+    for (top, expected) in [(0, &[][..]), (1, &[1]), (2, &[1, 3]), (4, &[1, 3, 2, 5]), (9, &[1, 3, 2, 5, 0, 4])] {
+        let (chosen, list) = opinions(&logits, 4, top, &mut Scratch::default());
+        assert_eq!(chosen.token, 4);
+        assert_eq!(list.iter().map(|opinion| opinion.token).collect::<Vec<_>>(), expected, "top {top}");
+    }
+}
+
+#[test]
+fn an_opinion_is_always_a_number_within_bounds() {
+    let (worst, best) = opinions(&[f32::MAX, f32::MIN, 0.0], 1, 1, &mut Scratch::default());
+    assert_eq!((worst.logprob, best[0].logprob), (LOGPROB_MIN, 0.0));
+    assert!(best[0].logprob.is_sign_positive(), "JSON would show the sign");
+    let (only, _) = opinions(&[-7.0], 0, 0, &mut Scratch::default());
+    assert_eq!(only.logprob.to_bits(), 0.0_f32.to_bits());
 }

@@ -313,7 +313,7 @@ fn answered(kind: AnswerKind, model: &str, text: &str, stop: &[&str]) -> (Vec<Pi
     for id in tokenizer.encode_ordinary(text).expect("encodes") {
         pieces.extend(answer.push(id).pieces);
     }
-    pieces.extend(answer.finish(AnswerEnd::Eos));
+    pieces.extend(answer.finish(AnswerEnd::Eos).pieces);
     (pieces, answer.has_tool_calls())
 }
 

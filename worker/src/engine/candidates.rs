@@ -105,6 +105,20 @@ impl Candidates {
         walk(each, left, total)
     }
 
+    /// Finds the tokens with the largest logits: the most likely first, the lower id first among equals.
+    pub(super) fn most_likely(&mut self, logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+        let count = count.min(logits.len());
+        if count == 0 {
+            return Vec::new();
+        }
+        let least = self.kth_largest(logits, count);
+        let mut most = Vec::with_capacity(count);
+        for_each_from(logits, least, |token, logit| most.push((token, logit)));
+        most.sort_unstable_by(|left, right| right.1.total_cmp(&left.1).then(left.0.cmp(&right.0)));
+        most.truncate(count);
+        most
+    }
+
     /// Gives the tokens with their probabilities.
     pub(super) fn probabilities(&self) -> Vec<(u32, f64)> {
         let each: Vec<(u32, f64)> = match self.is_filtered {
@@ -163,6 +177,18 @@ pub(super) fn largest(logits: &[f32]) -> f32 {
         }
     }
     lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
+}
+
+/// Gives the natural logarithm of the sum of the powers of e of some logits, which are finite.
+pub(super) fn log_sum_exp(logits: &[f32]) -> f64 {
+    let most = f64::from(largest(logits));
+    let mut weights = [0.0; STRETCH];
+    let sum_of = |logits: &[f32]| {
+        let weights = &mut weights[..logits.len()];
+        weights.iter_mut().zip(logits).for_each(|(weight, logit)| *weight = exp(f64::from(*logit) - most));
+        sum(weights)
+    };
+    most + logits.chunks(STRETCH).map(sum_of).sum::<f64>().ln()
 }
 
 /// Calls `work` for each token whose logit is at least `least`, in their order.

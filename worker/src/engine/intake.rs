@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bulkhead_shared::generate::{Generate, Prompt};
+use bulkhead_shared::limits::{LOGPROBS_TOP_MAX, TOKEN_BYTES_MAX, logprob_tokens_max};
 use bulkhead_shared::message::{Failure, FromWorker, detail};
 use crossbeam_channel::{Receiver, Sender};
 
@@ -101,6 +102,7 @@ impl Intake {
     fn prepare(&self, Arrival { request, cancelled }: Arrival) -> Result<Start, Failure> {
         let (prompt, kind) = self.tokens_of(&request.prompt)?;
         let max_tokens = self.fit(prompt.len(), request.max_tokens)?;
+        let max_tokens = max_tokens.min(self.logprob_tokens(request.logprobs)?);
         self.check_ids("prompt", &prompt)?;
         self.check_ids("resume", &request.resume)?;
         let answer = Answer::new(kind, request.stop, Arc::clone(&self.tokenizer)).map_err(|error| invalid(&error))?;
@@ -112,6 +114,7 @@ impl Intake {
             eos: Arc::clone(&self.eos),
             answer,
             sampler: Sampler::new(&request.sampling, &self.defaults.defaults),
+            logprobs: request.logprobs,
             cancelled,
         })
     }
@@ -144,6 +147,21 @@ impl Intake {
             });
         }
         Ok(wanted)
+    }
+
+    /// Gives the tokens that an answer may have because of the log-probabilities that are told with it.
+    fn logprob_tokens(&self, logprobs: Option<u32>) -> Result<u32, Failure> {
+        let refused = |detail| Failure::Invalid { param: "logprobs".into(), detail };
+        let Some(top) = logprobs else { return Ok(u32::MAX) };
+        if top > LOGPROBS_TOP_MAX {
+            return Err(refused(format!("{top} tokens in the place of one exceed {LOGPROBS_TOP_MAX}")));
+        }
+        match self.tokenizer.token_bytes_max() {
+            bytes if bytes > TOKEN_BYTES_MAX => Err(refused(format!(
+                "this model has a token of {bytes} bytes, and log-probabilities are told of up to {TOKEN_BYTES_MAX}"
+            ))),
+            _ => Ok(logprob_tokens_max(top)),
+        }
     }
 
     fn check_ids(&self, param: &str, ids: &[u32]) -> Result<(), Failure> {

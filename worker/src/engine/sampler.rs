@@ -14,8 +14,9 @@
 use std::collections::HashMap;
 
 use bulkhead_shared::generate::Sampling;
+use bulkhead_shared::limits::LOGPROB_MIN;
 
-use super::candidates::{Candidates, Filters, largest};
+use super::candidates::{Candidates, Filters, largest, log_sum_exp};
 use crate::text::generation_config::Defaults;
 
 /// A logit that is not finite: the model or its device is broken.
@@ -61,7 +62,7 @@ pub struct Choice {
     /// The token.
     pub token: u32,
     /// Natural logarithm of the probability that the token had in this choice, after every filter: 0 where there was only
-    /// one. For the model's own opinion see `model_logprob`.
+    /// one. For the model's own opinion see `opinions`.
     pub logprob: f64,
 }
 
@@ -175,15 +176,30 @@ impl Sampler {
     }
 }
 
-/// Gives the natural logarithm of the probability that the model itself gives to a token, at temperature 1.
+/// A token with the natural logarithm of the probability that the model itself gives to it, at temperature 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Opinion {
+    /// The token.
+    pub token: u32,
+    /// Bounds: `LOGPROB_MIN` to 0, inclusive.
+    pub logprob: f32,
+}
+
+/// Gives the model's opinion on a token, and on the `top` most likely ones, the likeliest first. The logits are those before
+/// penalties.
 ///
 /// # Panics
 /// When the token has no logit.
 #[must_use]
-pub fn model_logprob(logits: &[f32], token: u32) -> f64 {
-    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let total: f64 = logits.iter().map(|logit| (f64::from(*logit) - max).exp()).sum();
-    f64::from(logits[token as usize]) - max - total.ln()
+pub fn opinions(logits: &[f32], token: u32, top: usize, scratch: &mut Scratch) -> (Opinion, Vec<Opinion>) {
+    let total = log_sum_exp(logits);
+    let opinion = |(token, logit): (u32, f32)| {
+        // Rounding must not make it a probability above 1, nor an infinite number, nor a zero with a sign.
+        let logprob = (f64::from(logit) - total).clamp(f64::from(LOGPROB_MIN), 0.0);
+        Opinion { token, logprob: logprob as f32 + 0.0 }
+    };
+    let most_likely = scratch.candidates.most_likely(logits, top);
+    (opinion((token, logits[token as usize])), most_likely.into_iter().map(opinion).collect())
 }
 
 fn check_finite(logits: &[f32]) -> Result<(), NonFinite> {

@@ -6,15 +6,15 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bulkhead_shared::message::{FinishReason, FromWorker, Piece, Usage};
+use bulkhead_shared::message::{FinishReason, FromWorker, Logprobs, TokenLogprob, Usage};
 use bulkhead_shared::units::RequestId;
 
 use super::backend::Swapped;
 use super::pager::Blocks;
-use super::sampler::{History, NonFinite, Sampler, Scratch};
+use super::sampler::{History, NonFinite, Opinion, Sampler, Scratch, opinions};
 use super::schedule::Pending;
 use crate::model::batch::{Outcome, Role, Wanted};
-use crate::text::answer::{Answer, AnswerEnd};
+use crate::text::answer::{Answer, AnswerEnd, Finished, Pushed};
 
 /// What a sequence is made of.
 #[derive(Debug)]
@@ -33,6 +33,8 @@ pub struct Start {
     pub answer: Answer,
     /// How tokens are chosen.
     pub sampler: Sampler,
+    /// Whether log-probabilities are told, and of how many tokens beside the one that is generated.
+    pub logprobs: Option<u32>,
     /// Set when nobody waits for the answer any more.
     pub cancelled: Arc<AtomicBool>,
 }
@@ -56,6 +58,7 @@ pub struct Sequence {
     eos: Arc<[u32]>,
     answer: Answer,
     sampler: Sampler,
+    logprobs: Option<u32>,
     /// What the penalties count; kept only for a sampler that needs it.
     history: History,
     cancelled: Arc<AtomicBool>,
@@ -93,6 +96,7 @@ impl Sequence {
             eos: start.eos,
             answer: start.answer,
             sampler: start.sampler,
+            logprobs: start.logprobs,
             history,
             cancelled: start.cancelled,
         };
@@ -129,7 +133,7 @@ impl Sequence {
     /// Says what is wanted of the row of the last token.
     #[must_use]
     pub fn wanted(&self) -> Wanted {
-        match self.sampler.plain_choice() {
+        match self.sampler.plain_choice().filter(|_| self.logprobs.is_none()) {
             None => Wanted::Logits,
             Some((temperature, seed)) => Wanted::Token { temperature, seed, position: u64::from(self.length()) },
         }
@@ -141,21 +145,40 @@ impl Sequence {
     /// `NonFinite` when the logits are no numbers to choose from.
     pub fn advance(&mut self, outcome: Outcome, scratch: &mut Scratch) -> Result<Advance, NonFinite> {
         let position = u64::from(self.length());
-        let token = match outcome {
-            Outcome::Token(token) => token,
-            Outcome::Logits(mut logits) => self.sampler.sample(&mut logits, &self.history, position, scratch)?.token,
+        let (token, logits) = match outcome {
+            Outcome::Token(token) => (token, None),
+            Outcome::Logits(mut logits) => {
+                // Penalties are applied in place, and what is told is the model's own opinion.
+                let is_changed = self.logprobs.is_some() && self.sampler.needs_history();
+                let own = is_changed.then(|| logits.clone());
+                let choice = self.sampler.sample(&mut logits, &self.history, position, scratch)?;
+                (choice.token, Some(own.unwrap_or(logits)))
+            }
             Outcome::Broken(token) => return Err(NonFinite { token, value: f32::NAN }),
         };
-        let (pieces, ended) = self.take(token);
-        let delta = FromWorker::Delta { id: self.id, tokens: vec![token], pieces };
+        let (pushed, ended) = self.take(token);
+        let logprobs = match (self.logprobs, logits) {
+            (Some(top), Some(logits)) if pushed.is_listable => {
+                vec![self.logprobs_of(&opinions(&logits, token, top as usize, scratch))]
+            }
+            (Some(_) | None, _) => Vec::new(),
+        };
+        let runs = if self.logprobs.is_some() { pushed.runs } else { Vec::new() };
+        let delta = FromWorker::Delta { id: self.id, tokens: vec![token], pieces: pushed.pieces, logprobs, runs };
         Ok(match ended {
             None => Advance::Goes(delta),
             Some(done) => Advance::Ends(delta, done),
         })
     }
 
-    /// Appends a generated token. Gives the text that it completed, and the frame of the end if it was the last.
-    fn take(&mut self, token: u32) -> (Vec<Piece>, Option<FromWorker>) {
+    fn logprobs_of(&self, (chosen, top): &(Opinion, Vec<Opinion>)) -> Logprobs {
+        let told =
+            |opinion: &Opinion| TokenLogprob { token: self.answer.token_text(opinion.token), logprob: opinion.logprob };
+        Logprobs { chosen: told(chosen), top: top.iter().map(told).collect() }
+    }
+
+    /// Appends a generated token. Gives what it brought, and the frame of the end if it was the last.
+    fn take(&mut self, token: u32) -> (Pushed, Option<FromWorker>) {
         self.tokens.push(token);
         if self.sampler.needs_history() {
             self.history.record_generated(token);
@@ -172,11 +195,11 @@ impl Sequence {
         } else {
             None
         };
-        (pushed.pieces, end.map(|end| self.done(end)))
+        (pushed, end.map(|end| self.done(end)))
     }
 
     fn done(&mut self, end: AnswerEnd) -> FromWorker {
-        let pieces = self.answer.finish(end);
+        let Finished { pieces, runs } = self.answer.finish(end);
         let reason = match end {
             AnswerEnd::Length => FinishReason::Length,
             AnswerEnd::Eos | AnswerEnd::StopString if self.answer.has_tool_calls() => FinishReason::ToolCalls,
@@ -188,7 +211,8 @@ impl Sequence {
             completion_tokens: self.length() - self.prompt_tokens,
             reasoning_tokens: self.reasoning_tokens,
         };
-        FromWorker::Done { id: self.id, pieces, reason, usage }
+        let runs = if self.logprobs.is_some() { runs } else { Vec::new() };
+        FromWorker::Done { id: self.id, pieces, runs, reason, usage }
     }
 
     /// Gives the number of tokens of prompt and answer.

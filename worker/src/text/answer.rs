@@ -1,18 +1,19 @@
 //! An answer while it grows: tokens in, pieces for the client out.
 //!
 //! Owns: how decoding, the conversation format and stop strings work together. Invariants: a stop string matches in content
-//! only; behind it nothing more comes out; the pieces are a function of the tokens, so that pushing the same tokens to a
-//! new `Answer` restores its state.
+//! only; behind it nothing more comes out; the pieces, and which tokens they list, are a function of the tokens, so that
+//! pushing the same tokens to a new `Answer` restores its state.
 
 use std::sync::Arc;
 
-use bulkhead_shared::message::Piece;
+use bulkhead_shared::message::{Piece, TokenRun, TokenText};
 
 use crate::text::chat::calls::CallReader;
 use crate::text::detokenizer::Detokenizer;
 use crate::text::error::TextError;
 use crate::text::harmony::Markers;
 use crate::text::harmony::parse::{Ending, Parser};
+use crate::text::listing::Listing;
 use crate::text::stop::StopMatcher;
 use crate::text::tokenizer::Tokenizer;
 
@@ -52,10 +53,23 @@ pub enum AnswerEnd {
 pub struct Pushed {
     /// What the client gets now, in order; none of them is empty.
     pub pieces: Vec<Piece>,
+    /// What becomes of the listable tokens so far, those of before included.
+    pub runs: Vec<TokenRun>,
+    /// The token is in the content, or may come to be.
+    pub is_listable: bool,
     /// A stop string has matched: the answer is over.
     pub stopped: bool,
     /// The token counts as reasoning.
     pub is_reasoning: bool,
+}
+
+/// What the end of an answer brought.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Finished {
+    /// What was held back, in order; none of them is empty.
+    pub pieces: Vec<Piece>,
+    /// What becomes of the listable tokens that waited for it.
+    pub runs: Vec<TokenRun>,
 }
 
 /// One answer.
@@ -64,12 +78,23 @@ pub struct Answer {
     tokenizer: Arc<Tokenizer>,
     stop: StopMatcher,
     form: Form,
+    /// Bytes of content that have come out.
+    content_bytes: usize,
 }
 
 #[derive(Clone, Debug)]
 enum Form {
     Harmony(Box<Parser>),
     Plain(Plain),
+}
+
+impl Form {
+    fn listing(&mut self) -> &mut Listing {
+        match self {
+            Form::Harmony(parser) => parser.listing(),
+            Form::Plain(plain) => &mut plain.listing,
+        }
+    }
 }
 
 /// Text that is content, or perhaps a tool call.
@@ -79,16 +104,26 @@ struct Plain {
     /// Whether the next text begins with a space that is the tokenizer's.
     skips_space: bool,
     calls: Option<CallReader>,
+    listing: Listing,
 }
 
 impl Plain {
     fn push(&mut self, bytes: &[u8]) -> String {
-        let mut text = self.text.push(bytes);
+        self.listing.push(bytes);
+        let (mut text, mut own) = self.text.push_from(bytes);
         if self.skips_space && !text.is_empty() {
             self.skips_space = false;
             if text.starts_with(' ') {
                 text.remove(0);
+                own = own.saturating_sub(1);
+                if text.is_empty() {
+                    self.listing.discard();
+                }
             }
+        }
+        if !text.is_empty() {
+            self.listing.decoded(0, own);
+            self.listing.place(text.len());
         }
         match &mut self.calls {
             Some(calls) => calls.push(text),
@@ -98,6 +133,10 @@ impl Plain {
 
     fn finish(&mut self, is_whole: bool) -> Vec<Piece> {
         let rest = self.text.finish().map(String::from).unwrap_or_default();
+        if !rest.is_empty() {
+            self.listing.decoded(0, 0);
+            self.listing.place(rest.len());
+        }
         match &mut self.calls {
             Some(calls) => {
                 let text = Piece::Content(calls.push(rest));
@@ -123,10 +162,11 @@ impl Answer {
                     Calls::None => None,
                     Calls::Llama(names) => Some(CallReader::new(names)),
                 },
+                listing: Listing::default(),
             }),
             AnswerKind::Plain => Form::Plain(Plain::default()),
         };
-        Ok(Answer { tokenizer, stop: StopMatcher::new(stop), form })
+        Ok(Answer { tokenizer, stop: StopMatcher::new(stop), form, content_bytes: 0 })
     }
 
     /// Takes the next token, the end token included. After a stop string has matched, nothing comes out any more.
@@ -135,6 +175,7 @@ impl Answer {
             return Pushed { stopped: true, ..Pushed::default() };
         }
         let bytes = self.tokenizer.token_bytes(token);
+        let before = self.form.listing().pushed();
         let (pieces, is_reasoning) = match &mut self.form {
             Form::Harmony(parser) => {
                 let parsed = parser.push(token, bytes);
@@ -142,11 +183,18 @@ impl Answer {
             }
             Form::Plain(text) => (vec![Piece::Content(text.push(bytes.unwrap_or_default()))], false),
         };
-        Pushed { pieces: self.until_stop(pieces), stopped: self.stop.has_stopped(), is_reasoning }
+        let pieces = self.until_stop(pieces);
+        Pushed {
+            runs: self.release(&pieces),
+            pieces,
+            is_listable: self.form.listing().pushed() > before,
+            stopped: self.stop.has_stopped(),
+            is_reasoning,
+        }
     }
 
     /// Ends the answer and gives what was held back. Called once, after the last token.
-    pub fn finish(&mut self, end: AnswerEnd) -> Vec<Piece> {
+    pub fn finish(&mut self, end: AnswerEnd) -> Finished {
         let ending = match end {
             AnswerEnd::Eos => Ending::Complete,
             AnswerEnd::StopString | AnswerEnd::Length => Ending::Cut,
@@ -160,7 +208,13 @@ impl Answer {
             let held = self.stop.finish();
             pieces.extend((!held.is_empty()).then_some(Piece::Content(held)));
         }
-        pieces
+        Finished { runs: self.release(&pieces), pieces }
+    }
+
+    /// Gives what a token stands for, for people.
+    #[must_use]
+    pub fn token_text(&self, token: u32) -> TokenText {
+        self.tokenizer.token_text(token)
     }
 
     /// Says whether the answer calls tools, by what has come out so far.
@@ -170,6 +224,16 @@ impl Answer {
             Form::Harmony(parser) => parser.calls() > 0,
             Form::Plain(plain) => plain.calls.as_ref().is_some_and(|calls| calls.calls() > 0),
         }
+    }
+
+    /// Notes what has come out, and gives the tokens that are certain by that.
+    fn release(&mut self, pieces: &[Piece]) -> Vec<TokenRun> {
+        let content = pieces.iter().map(|piece| match piece {
+            Piece::Content(text) => text.len(),
+            Piece::Reasoning(_) | Piece::ToolCall { .. } => 0,
+        });
+        self.content_bytes += content.sum::<usize>();
+        self.form.listing().release(self.content_bytes)
     }
 
     /// Passes content through the stop strings, and drops everything behind a match.

@@ -12,9 +12,16 @@ pub struct Detokenizer {
 impl Detokenizer {
     /// Takes more bytes and gives the text that they complete; an unfinished character at the end is held back.
     pub fn push(&mut self, bytes: &[u8]) -> String {
+        self.push_from(bytes).0
+    }
+
+    /// Does as `push`, and gives where in that text the part of these bytes begins: at its start, unless bytes from before
+    /// turned out to be no character.
+    pub fn push_from(&mut self, bytes: &[u8]) -> (String, usize) {
         let mut all = std::mem::take(&mut self.unfinished);
+        let before = all.len();
         all.extend_from_slice(bytes);
-        let mut text = String::with_capacity(all.len());
+        let (mut text, mut own) = (String::with_capacity(all.len()), 0);
         let mut rest = all.as_slice();
         for chunk in all.utf8_chunks() {
             text.push_str(chunk.valid());
@@ -27,8 +34,11 @@ impl Detokenizer {
             } else {
                 text.push(char::REPLACEMENT_CHARACTER);
             }
+            if before > 0 && all.len() - rest.len() == before {
+                own = text.len();
+            }
         }
-        text
+        (text, own)
     }
 
     /// Gives what was held back: an unfinished character becomes U+FFFD.
@@ -66,6 +76,25 @@ mod tests {
         let mut text: String = bytes.iter().map(|byte| decoder.push(&[*byte])).collect();
         text.extend(decoder.finish());
         assert_eq!(text, expected, "{bytes:x?} byte by byte");
+    }
+
+    #[test]
+    fn bytes_begin_behind_those_that_they_do_not_go_on_with() {
+        for (before, bytes, expected) in [
+            (&b""[..], &b"ab"[..], 0),
+            (b"\xe2\x82", b"\xacb", 0),
+            (b"\xe2", b"\x82", 0),
+            (b"\xe2", b"x", 3),
+            (b"\xe2", b"\xe2", 3),
+            // The second byte belongs to what is replaced.
+            (b"\xf0", b"\x9fx", 0),
+            (b"", b"y\xffz", 0),
+            (b"a", b"b", 0),
+        ] {
+            let mut decoder = Detokenizer::default();
+            decoder.push(before);
+            assert_eq!(decoder.push_from(bytes).1, expected, "{bytes:x?} behind {before:x?}");
+        }
     }
 
     #[test]

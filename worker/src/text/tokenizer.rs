@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bulkhead_shared::message::TokenText;
 use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
 use crate::text::error::TextError;
@@ -152,6 +153,27 @@ impl Tokenizer {
     #[must_use]
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
         self.tokens.bytes(id)
+    }
+
+    /// Gives what a token stands for, for people: its bytes, or the name of one that has no text.
+    #[must_use]
+    pub fn token_text(&self, id: u32) -> TokenText {
+        let name = || self.structural.iter().find(|token| token.id == id).map(|token| token.content.clone());
+        match self.token_bytes(id) {
+            Some(bytes) => TokenText::Bytes(bytes.to_vec()),
+            // A model may have more rows than its tokenizer has tokens.
+            None => TokenText::Special(name().unwrap_or_else(|| format!("token_id:{id}"))),
+        }
+    }
+
+    /// Gives the length of the longest text or name of a token.
+    #[must_use]
+    pub fn token_bytes_max(&self) -> usize {
+        let lengths = self.tokens.places.iter().map(|place| match place {
+            Place::Ordinary { length, .. } => *length as usize,
+            Place::Special | Place::Unused => 0,
+        });
+        lengths.chain(self.structural.iter().map(|token| token.content.len())).max().unwrap_or(0)
     }
 
     /// Finds a special token by how it is spelled.

@@ -24,6 +24,7 @@ use bulkhead_shared::message::Piece;
 use crate::text::detokenizer::Detokenizer;
 use crate::text::harmony::header::{Channel, Header, Kind};
 use crate::text::harmony::{Marker, Markers};
+use crate::text::listing::Listing;
 
 /// Bytes of the arguments of one tool call, at most: a call travels as one piece. A longer one comes out as content.
 const ARGUMENTS_BYTES_MAX: usize = bulkhead_shared::limits::DELTA_TEXT_BYTES_MAX / 2;
@@ -39,6 +40,7 @@ pub struct Parser {
     calls: u32,
     reasoning: Progress,
     content: Progress,
+    listing: Listing,
 }
 
 #[derive(Clone, Debug)]
@@ -92,7 +94,13 @@ impl Parser {
             calls: 0,
             reasoning: Progress::default(),
             content: Progress::default(),
+            listing: Listing::default(),
         }
+    }
+
+    /// Gives the books on which tokens are in the content.
+    pub fn listing(&mut self) -> &mut Listing {
+        &mut self.listing
     }
 
     /// Counts the tool calls that have come out.
@@ -124,6 +132,7 @@ impl Parser {
         };
         if is_dropped {
             self.state = State::Header(Header::implied());
+            self.listing.discard();
         } else {
             self.end_message(Header::implied(), &mut pieces);
         }
@@ -142,6 +151,7 @@ impl Parser {
             }
             (Marker::Constrain, State::Header(header)) => header.open_format(),
             (Marker::Message, State::Header(header)) => {
+                self.listing.discard();
                 self.state = match header.read() {
                     Kind::Text(channel) => State::message(channel),
                     Kind::Call(name) => State::Call { name, text: Detokenizer::default(), arguments: String::new() },
@@ -157,6 +167,7 @@ impl Parser {
         match &mut self.state {
             State::Header(header) => {
                 header.push(bytes);
+                self.listing.push(bytes);
                 if !header.is_text() {
                     return false;
                 }
@@ -165,16 +176,25 @@ impl Parser {
                     Kind::Text(channel) => channel,
                     Kind::Call(_) => Channel::Content,
                 };
-                self.state = State::message(channel);
-                self.push_text(&text, pieces)
-            }
-            State::Message { channel, text } => {
-                let (channel, text) = (*channel, text.push(bytes));
-                self.emit(channel, &text, pieces);
+                self.push_header(channel, &text, pieces);
                 channel == Channel::Reasoning
             }
+            State::Message { channel: Channel::Reasoning, .. } => {
+                self.push_message(bytes, pieces);
+                true
+            }
+            State::Message { channel: Channel::Content, .. } => {
+                self.listing.push(bytes);
+                self.push_message(bytes, pieces);
+                false
+            }
             State::Call { text, arguments, .. } => {
-                arguments.push_str(&text.push(bytes));
+                self.listing.push(bytes);
+                let (more, own) = text.push_from(bytes);
+                if !more.is_empty() {
+                    self.listing.decoded(arguments.len(), own);
+                    arguments.push_str(&more);
+                }
                 if arguments.len() > ARGUMENTS_BYTES_MAX {
                     let (text, arguments) = (std::mem::take(text), std::mem::take(arguments));
                     self.state = State::Message { channel: Channel::Content, text };
@@ -185,19 +205,40 @@ impl Parser {
         }
     }
 
+    /// What stood where a header should be begins a message.
+    fn push_header(&mut self, channel: Channel, mut text: &[u8], pieces: &mut Vec<Piece>) {
+        self.state = State::message(channel);
+        if channel == Channel::Reasoning {
+            self.listing.discard();
+            return self.push_message(text, pieces);
+        }
+        for bytes in self.listing.take(text.len()) {
+            let (token, rest) = text.split_at(bytes);
+            text = rest;
+            self.listing.put_back(bytes);
+            self.push_message(token, pieces);
+        }
+        assert!(text.is_empty(), "the bytes of a header are those of its tokens");
+    }
+
+    /// The message at hand goes on with the bytes of the last token.
+    fn push_message(&mut self, bytes: &[u8], pieces: &mut Vec<Piece>) {
+        let State::Message { channel, text } = &mut self.state else { return };
+        let (channel, (text, own)) = (*channel, text.push_from(bytes));
+        if !text.is_empty() && channel == Channel::Content {
+            self.listing.decoded(0, own);
+        }
+        self.emit(channel, &text, pieces);
+    }
+
     /// Ends the message or header at hand; `next` is the header that follows.
     fn end_message(&mut self, next: Header, pieces: &mut Vec<Piece>) {
+        self.end_header(pieces);
         match std::mem::replace(&mut self.state, State::Header(next)) {
-            State::Header(header) => {
-                let text = String::from_utf8_lossy(&header.text_behind()).into_owned();
-                match header.read() {
-                    Kind::Call(name) if text.starts_with('{') => self.emit_call(name, text, pieces),
-                    Kind::Call(_) => self.emit(Channel::Content, &text, pieces),
-                    Kind::Text(channel) => self.emit(channel, &text, pieces),
-                }
-            }
+            State::Header(_) => {}
             State::Message { channel, mut text } => {
                 if let Some(replacement) = text.finish() {
+                    self.listing.decoded(0, 0);
                     self.emit(channel, replacement.encode_utf8(&mut [0; 4]), pieces);
                 }
             }
@@ -206,8 +247,22 @@ impl Parser {
                 self.emit_call(name, arguments, pieces);
             }
         }
+        self.listing.discard();
         self.reasoning.is_interrupted = true;
         self.content.is_interrupted = true;
+    }
+
+    /// Makes a header that ends without `<|message|>` the message that it may be.
+    fn end_header(&mut self, pieces: &mut Vec<Piece>) {
+        let State::Header(header) = &self.state else { return };
+        let text = header.text_behind();
+        match header.read() {
+            Kind::Call(name) if text.starts_with(b"{") => {
+                self.emit_call(name, String::from_utf8_lossy(&text).into_owned(), pieces);
+            }
+            Kind::Call(_) => self.push_header(Channel::Content, &text, pieces),
+            Kind::Text(channel) => self.push_header(channel, &text, pieces),
+        }
     }
 
     fn emit_call(&mut self, name: String, arguments: String, pieces: &mut Vec<Piece>) {
@@ -225,6 +280,10 @@ impl Parser {
         };
         let between = if progress.has_text && progress.is_interrupted { BETWEEN_MESSAGES } else { "" };
         *progress = Progress { has_text: true, is_interrupted: false };
+        if channel == Channel::Content {
+            self.listing.gap(between.len());
+            self.listing.place(text.len());
+        }
         pieces.push(piece(format!("{between}{text}")));
     }
 }
