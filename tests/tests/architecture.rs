@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The only files that may contain `unsafe`, each with its reason.
-const UNSAFE_FILES: [(&str, &str); 13] = [
+const UNSAFE_FILES: [(&str, &str); 14] = [
     ("tests/src/bin/sandbox-probe.rs", "makes the system calls of an attacker"),
     ("worker/src/checkpoint/map.rs", "maps files"),
     ("worker/src/cuda/driver.rs", "calls the CUDA driver"),
@@ -17,6 +17,7 @@ const UNSAFE_FILES: [(&str, &str); 13] = [
     ("worker/src/quant/cpu/floats.rs", "vector instructions"),
     ("worker/src/quant/cpu/pool.rs", "threads share a closure and a slice for as long as a loop lasts"),
     ("worker/src/quant/cpu/ymm.rs", "vector instructions"),
+    ("worker/src/quant/cpu/ymm_many.rs", "vector instructions"),
     ("worker/src/quant/cpu/zmm.rs", "vector instructions"),
     ("worker/src/sandbox/limits.rs", "closes inherited descriptors"),
     ("worker/src/sandbox/watch.rs", "asks the kernel for the calls that a filter would refuse"),
