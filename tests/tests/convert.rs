@@ -18,7 +18,7 @@ use bulkhead_worker::convert::{self, ConvertArgs, ConvertError, Head, MANIFEST_F
 use bulkhead_worker::eval::WeightChoice;
 use bulkhead_worker::model::config::Config;
 use bulkhead_worker::model::weights::{Quantize, Weights, load};
-use bulkhead_worker::quant::{Matrix, Scales};
+use bulkhead_worker::quant::{Matrix, Scales, quantize_nf4};
 use bulkhead_worker::sandbox::Sandboxed;
 use nix::sys::signal::Signal;
 use safetensors::Dtype;
@@ -203,6 +203,21 @@ fn the_output_matrix_is_quantised_where_that_is_asked_for() -> Result<()> {
 }
 
 #[test]
+fn a_tied_output_matrix_is_parted_from_the_embedding_where_it_is_quantised() -> Result<()> {
+    let (source, target) = (oracle::model("llama_tied"), tempfile::tempdir()?);
+    let lm_head = Some(Head::Nf4);
+    run(&ConvertArgs { lm_head, ..args(&source, target.path(), Quant::Nf4) })?;
+    let (found, tied) = (loaded(target.path(), Quantize::File)?, loaded(&source, Quantize::File)?);
+    assert!(!found.is_tied() && tied.is_tied());
+    let decoded = |matrix: &Matrix| matrix.decode_rows(0..matrix.rows());
+    assert_eq!(decoded(&found.embedding), decoded(&tied.embedding), "the embedding stays");
+    let expected = quantize_nf4(found.lm_head.rows(), found.lm_head.cols(), &decoded(&tied.embedding))?;
+    assert_equal(&found.lm_head, &Matrix::Nf4(expected), "output matrix");
+    assert_eq!(oracle::json(&target.path().join("config.json"))?["tie_word_embeddings"], json!(false));
+    Ok(())
+}
+
+#[test]
 fn single_precision_is_rounded_where_it_is_not_quantised() -> Result<()> {
     let (source, target) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let model = oracle::model("llama_tied");
@@ -279,7 +294,6 @@ fn choices_and_weights_that_cannot_be() -> Result<()> {
         let lm_head = Some(head);
         ConvertArgs { lm_head, ..args(&oracle::model(name), target.path(), quant) }
     };
-    refused(&with_head("llama_tied", Quant::Nf4, Head::Nf4), "is its embedding");
     refused(&with_head("gptoss_mxfp4", Quant::Keep, Head::Wide), "changes no weight");
     let source = tempfile::tempdir()?;
     let model = oracle::model("llama_tied");

@@ -9,6 +9,7 @@ use nix::sys::statvfs::statvfs;
 use serde_json::{Value, json};
 
 use super::error::ConvertError;
+use super::plan::parts_head;
 use super::{Head, Quant};
 use crate::checkpoint::limits::CONFIG_BYTES_MAX;
 use crate::checkpoint::read_limited;
@@ -89,6 +90,9 @@ pub(super) fn write_config(from: &Path, to: &Path, (quant, head): (Quant, Head))
     let mut skipped = vec!["embed_tokens", "router"];
     if head == Head::Wide {
         skipped.push("lm_head");
+    }
+    if parts_head(&Config::parse(&bytes, CONFIG_FILE)?, head) {
+        config["tie_word_embeddings"] = json!(false);
     }
     config["quantization_config"] = json!({
         "quant_method": "bitsandbytes", "load_in_4bit": true, "load_in_8bit": false,

@@ -58,7 +58,7 @@ pub struct ConvertArgs {
     /// The form of attention and experts, or of the dense network
     #[arg(long, value_enum)]
     pub quant: Quant,
-    /// The form of the output matrix; left out: 16-bit
+    /// The form of the output matrix; left out: 16-bit. NF4 parts a tied one from the embedding, which stays 16-bit
     #[arg(long, value_enum)]
     pub lm_head: Option<Head>,
     /// Threads that convert; 0 is one per core
@@ -152,7 +152,7 @@ fn resolved(path: &Path) -> PathBuf {
 /// Each variant of `ConvertError`.
 pub fn run(_proof: &Sandboxed, begun: Begun, args: &ConvertArgs, out: &mut dyn Write) -> Result<(), ConvertError> {
     let config = Config::read(&args.from)?;
-    let head = head(args, &config)?;
+    let head = head(args)?;
     let checkpoint = Checkpoint::open(&args.from)?;
     let items = plan::plan(&checkpoint, &config, args.quant, head)?;
     let files = shards::divide(&items, args.shard_bytes)?;
@@ -190,12 +190,10 @@ pub fn run(_proof: &Sandboxed, begun: Begun, args: &ConvertArgs, out: &mut dyn W
 }
 
 /// Decides about the output matrix.
-fn head(args: &ConvertArgs, config: &Config) -> Result<Head, ConvertError> {
-    let refused = |choice: Head, reason| Err(ConvertError::Head { choice: choice.name(), reason });
+fn head(args: &ConvertArgs) -> Result<Head, ConvertError> {
     match args.lm_head {
-        Some(choice) if args.quant == Quant::Keep => refused(choice, "--quant keep changes no weight"),
-        Some(Head::Nf4) if config.has_tied_embeddings => {
-            refused(Head::Nf4, "the model's output matrix is its embedding, which stays 16-bit")
+        Some(choice) if args.quant == Quant::Keep => {
+            Err(ConvertError::Head { choice: choice.name(), reason: "--quant keep changes no weight" })
         }
         choice => Ok(choice.unwrap_or(Head::Wide)),
     }

@@ -21,11 +21,12 @@ pub const TENSOR_WEIGHTS_MAX: u64 = 1 << 32;
 /// Bytes of a quantisation state: filled up with spaces, so that a file's layout is known before its weights are.
 pub(super) const STATE_BYTES: usize = 256;
 
-/// The name of the output matrix.
+/// The names of the output matrix and of the embedding.
 const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// Names of what stays 16-bit.
-const WIDE: [&str; 4] = ["model.embed_tokens.weight", HEAD, ".mlp.router.weight", ".mlp.router.linear.weight"];
+const WIDE: [&str; 4] = [EMBEDDING, HEAD, ".mlp.router.weight", ".mlp.router.linear.weight"];
 
 /// Where weights come from, outputs first whatever the order of the bytes.
 #[derive(Clone, Debug)]
@@ -128,10 +129,31 @@ pub(super) fn plan(
     let mut names: Vec<&str> = checkpoint.names().collect();
     names.sort_by(|a, b| natural(a, b));
     let mut items = Vec::with_capacity(names.len());
+    if parts_head(config, head) {
+        items.push(parted_head(checkpoint)?);
+        names.retain(|name| *name != HEAD);
+    }
     for name in names {
         items.extend(decide(checkpoint, config, (quant, head), name)?);
     }
     Ok(items)
+}
+
+/// Says whether the output matrix, which is the embedding, gets bytes of its own.
+pub(super) fn parts_head(config: &Config, head: Head) -> bool {
+    config.has_tied_embeddings && head == Head::Nf4
+}
+
+/// Plans an output matrix out of the embedding.
+fn parted_head(checkpoint: &Checkpoint) -> Result<Item, ConvertError> {
+    let embedding = checkpoint.tensor(EMBEDDING)?;
+    match (embedding.dtype(), embedding.shape()) {
+        (Dtype::BF16 | Dtype::F16 | Dtype::F32, &[rows, cols]) => {
+            let dimensions = Dimensions { count: 1, is_fused: false, rows, cols };
+            quantized(HEAD, Source::Rows(embedding), dimensions)
+        }
+        _ => Err(not_supported(&embedding, "no matrix of floats", "bf16, f16 or f32, [rows, columns]")),
+    }
 }
 
 /// Decides for one tensor; nothing for one that is taken in with another.
