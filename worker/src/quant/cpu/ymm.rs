@@ -233,7 +233,7 @@ pub(super) fn prefetch_behind<T>(now: &[T]) {
 #[inline]
 #[target_feature(enable = "avx2")]
 pub(super) fn prefetch_row(row: &[[u8; 2]], index: usize, rows: usize) {
-    const NEAR: usize = 512;
+    const NEAR: usize = 1024;
     let ahead = if index + NEAR < row.len() { index + NEAR } else { index + NEAR + (rows - 1) * row.len() };
     // SAFETY: prefetching an address does nothing that can be seen, also where nothing is mapped.
     #[allow(unused_unsafe, reason = "newer compilers know that this is safe")]
