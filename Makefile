@@ -6,13 +6,14 @@ PYTHON ?= python3
 FUZZ_SECONDS ?= 120
 MODEL ?= worker/demo-model/checkpoint
 
-.PHONY: help run build-cuda gpu-pack test bench lint fuzz storm cuda-check cuda-faults
+.PHONY: help run build-cuda gpu-pack test bench bench-peers lint fuzz storm cuda-check cuda-faults
 
 help:
 	@echo 'make run    build and serve the built-in model on http://127.0.0.1:8000 until Ctrl-C'
 	@echo 'make test   run every test; a summary comes last'
 	@echo 'make lint   check format, lints, licences and advisories'
 	@echo 'make bench  measure MODEL (now $(MODEL)) beside what the memory of this machine allows'
+	@echo 'make bench-peers  measure MODEL beside llama.cpp: GGUF=FILE LLAMA_BENCH=BIN, and what tools/bench_peers.py names'
 	@echo 'make storm  kill workers all the time, in full length, and print what was measured'
 	@echo 'make fuzz   run each fuzz target for FUZZ_SECONDS (now $(FUZZ_SECONDS))'
 	@echo 'make cuda-check  compile the CUDA kernels for six architectures (fetches a compiler)'
@@ -54,6 +55,13 @@ lint:
 bench:
 	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
 	@"$${CARGO_TARGET_DIR:-target}/release/bulkhead-worker" bench --model "$(MODEL)"
+
+# An empty variable leaves its part out, or is refused by name.
+bench-peers:
+	@$(CARGO) build --release --package bulkhead-supervisor --package bulkhead-worker --bins
+	@release="$${CARGO_TARGET_DIR:-target}/release" && $(PYTHON) tools/bench_peers.py --worker "$$release/bulkhead-worker" \
+	--bulkhead "$$release/bulkhead" --model "$(MODEL)" --gguf "$(GGUF)" --llama-bench "$(LLAMA_BENCH)" \
+	--llama-batched-bench "$(LLAMA_BATCHED_BENCH)" --llama-server "$(LLAMA_SERVER)" $(BENCH_PEERS)
 
 fuzz:
 	@$(CARGO) build --workspace --bins

@@ -6,17 +6,19 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The only files that may contain `unsafe`, each with its reason.
-const UNSAFE_FILES: [(&str, &str); 13] = [
+const UNSAFE_FILES: [(&str, &str); 15] = [
     ("tests/src/bin/sandbox-probe.rs", "makes the system calls of an attacker"),
     ("worker/src/checkpoint/map.rs", "maps files"),
     ("worker/src/cuda/driver.rs", "calls the CUDA driver"),
     ("worker/src/cuda/transfer.rs", "calls the CUDA driver's copies"),
+    ("worker/src/memory/pages.rs", "asks for large pages"),
     ("worker/src/model/attention/lanes.rs", "vector instructions"),
     ("worker/src/quant/cpu/amx.rs", "tile instructions, and asking the system for them"),
     ("worker/src/quant/cpu/dot.rs", "vector instructions"),
     ("worker/src/quant/cpu/floats.rs", "vector instructions"),
     ("worker/src/quant/cpu/pool.rs", "threads share a closure and a slice for as long as a loop lasts"),
     ("worker/src/quant/cpu/ymm.rs", "vector instructions"),
+    ("worker/src/quant/cpu/ymm_many.rs", "vector instructions"),
     ("worker/src/quant/cpu/zmm.rs", "vector instructions"),
     ("worker/src/sandbox/limits.rs", "closes inherited descriptors"),
     ("worker/src/sandbox/watch.rs", "asks the kernel for the calls that a filter would refuse"),

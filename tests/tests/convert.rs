@@ -19,7 +19,7 @@ use bulkhead_worker::convert::{self, ConvertArgs, ConvertError, Head, MANIFEST_F
 use bulkhead_worker::eval::WeightChoice;
 use bulkhead_worker::model::config::Config;
 use bulkhead_worker::model::weights::{Quantize, Weights, load};
-use bulkhead_worker::quant::{Matrix, Scales};
+use bulkhead_worker::quant::{Matrix, Scales, mxfp4, quantize_nf4};
 use bulkhead_worker::sandbox::Sandboxed;
 use nix::sys::signal::Signal;
 use safetensors::Dtype;
@@ -204,6 +204,52 @@ fn the_output_matrix_is_quantised_where_that_is_asked_for() -> Result<()> {
 }
 
 #[test]
+fn a_tied_output_matrix_is_parted_from_the_embedding_where_it_is_quantised() -> Result<()> {
+    let (source, target) = (oracle::model("llama_tied"), tempfile::tempdir()?);
+    let lm_head = Some(Head::Nf4);
+    run(&ConvertArgs { lm_head, ..args(&source, target.path(), Quant::Nf4) })?;
+    let (found, tied) = (loaded(target.path(), Quantize::File)?, loaded(&source, Quantize::File)?);
+    assert!(!found.is_tied() && tied.is_tied());
+    let decoded = |matrix: &Matrix| matrix.decode_rows(0..matrix.rows());
+    assert_eq!(decoded(&found.embedding), decoded(&tied.embedding), "the embedding stays");
+    let expected = quantize_nf4(found.lm_head.rows(), found.lm_head.cols(), &decoded(&tied.embedding))?;
+    assert_equal(&found.lm_head, &Matrix::Nf4(expected), "output matrix");
+    assert_eq!(oracle::json(&target.path().join("config.json"))?["tie_word_embeddings"], json!(false));
+    Ok(())
+}
+
+#[test]
+fn experts_become_mxfp4_and_all_else_stays() -> Result<()> {
+    for source in [oracle::model("gptoss_basic"), oracle::model("gptoss_window_edges")] {
+        let target = tempfile::tempdir()?;
+        run(&args(&source, target.path(), Quant::Mxfp4))?;
+        let (found, expected) = (loaded(target.path(), Quantize::File)?, loaded(&source, Quantize::File)?);
+        let mut experts = 0;
+        for (found, expected) in found.matrices().zip(expected.matrices()) {
+            let wanted = expected.decode_rows(0..expected.rows());
+            let Matrix::Mxfp4(mxfp4) = found else {
+                assert_eq!(found.decode_rows(0..found.rows()), wanted);
+                continue;
+            };
+            experts += 1;
+            let groups = wanted.as_chunks::<{ mxfp4::GROUP }>().0.iter().map(mxfp4::quantize_group);
+            let (codes, scales): (Vec<_>, Vec<u8>) = groups.unzip();
+            assert!(mxfp4.blocks().bytes() == codes.as_flattened() && mxfp4.scales().bytes() == scales);
+        }
+        let config = Config::read(target.path())?;
+        let mixture = config.experts().context("a model of experts")?;
+        assert_eq!(experts, 2 * mixture.count * config.layers.len());
+        let manifest = Manifest::read(target.path())?.context("a manifest")?;
+        let errors: Vec<f32> =
+            manifest.shards.values().flat_map(|shard| shard.relative_error.values()).copied().collect();
+        assert_eq!(errors.len(), 2 * config.layers.len());
+        // Of weights that are spread as those of a normal distribution a tenth.
+        assert!(errors.iter().all(|error| (0.05..0.2).contains(error)), "{errors:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn single_precision_is_rounded_where_it_is_not_quantised() -> Result<()> {
     let (source, target) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let model = oracle::model("llama_tied");
@@ -280,8 +326,11 @@ fn choices_and_weights_that_cannot_be() -> Result<()> {
         let lm_head = Some(head);
         ConvertArgs { lm_head, ..args(&oracle::model(name), target.path(), quant) }
     };
-    refused(&with_head("llama_tied", Quant::Nf4, Head::Nf4), "is its embedding");
     refused(&with_head("gptoss_mxfp4", Quant::Keep, Head::Wide), "changes no weight");
+    refused(&with_head("gptoss_basic", Quant::Mxfp4, Head::Nf4), "changes experts alone");
+    let mxfp4 = |source: PathBuf, words| refused(&args(&source, target.path(), Quant::Mxfp4), words);
+    mxfp4(demo(), "bitsandbytes' 4 bits");
+    assert!(matches!(mxfp4(oracle::model("llama_tied"), "has none: take nf4"), ConvertError::NoExperts));
     let source = tempfile::tempdir()?;
     let model = oracle::model("llama_tied");
     std::fs::copy(model.join("config.json"), source.path().join("config.json"))?;

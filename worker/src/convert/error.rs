@@ -95,6 +95,9 @@ pub enum ConvertError {
         /// Why not.
         reason: &'static str,
     },
+    /// MXFP4 for a model that has none of what is stored in it.
+    #[error("--quant mxfp4 is for experts, and the model has none: take nf4")]
+    NoExperts,
     /// More shards than are read.
     #[error("{shards} shards are more than the {max} that are read: raise --shard-bytes")]
     Shards {

@@ -9,6 +9,7 @@ use nix::sys::statvfs::statvfs;
 use serde_json::{Value, json};
 
 use super::error::ConvertError;
+use super::plan::parts_head;
 use super::{Head, Quant};
 use crate::checkpoint::limits::CONFIG_BYTES_MAX;
 use crate::checkpoint::read_limited;
@@ -85,10 +86,21 @@ pub(super) fn write_config(from: &Path, to: &Path, (quant, head): (Quant, Head))
     }
     let malformed = |source| ConfigError::Json { file: file.display().to_string(), source };
     let mut config: Value = serde_json::from_slice(&bytes).map_err(malformed)?;
+    if quant == Quant::Mxfp4 {
+        config["quantization_config"] = json!({
+            "quant_method": "mxfp4",
+            "modules_to_not_convert":
+                ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        });
+        return write_checked(to, &config);
+    }
     // transformers leaves the output matrix alone unless this list is there and does not name it.
     let mut skipped = vec!["embed_tokens", "router"];
     if head == Head::Wide {
         skipped.push("lm_head");
+    }
+    if parts_head(&Config::parse(&bytes, CONFIG_FILE)?, head) {
+        config["tie_word_embeddings"] = json!(false);
     }
     config["quantization_config"] = json!({
         "quant_method": "bitsandbytes", "load_in_4bit": true, "load_in_8bit": false,
@@ -96,7 +108,12 @@ pub(super) fn write_config(from: &Path, to: &Path, (quant, head): (Quant, Head))
         "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": true, "llm_int8_skip_modules": skipped
     });
-    let mut text = serde_json::to_vec_pretty(&config).expect("a value is JSON");
+    write_checked(to, &config)
+}
+
+/// Writes a config that can be read.
+fn write_checked(to: &Path, config: &Value) -> Result<(), ConvertError> {
+    let mut text = serde_json::to_vec_pretty(config).expect("a value is JSON");
     text.push(b'\n');
     Config::parse(&text, CONFIG_FILE)?;
     write_whole(to, CONFIG_FILE, &text)

@@ -8,7 +8,7 @@
 //! config.json is an unfinished one. Memory stays below 2 GB (`produce`, `plan::TENSOR_WEIGHTS_MAX`).
 //!
 //! bf16, f16, f32 and MXFP4 become NF4 with double quantisation in the layouts of `checkpoint::bnb4bit`; NF4 keeps its codes,
-//! and plain scales become nested ones. Embedding, router, norms, biases and sinks are not quantised; the first two are
+//! and plain scales become nested ones. Or the fused experts of gpt-oss become MXFP4, and all else stays. Embedding, router, norms, biases and sinks are not quantised; the first two are
 //! rounded to bf16 where they are f32.
 
 mod error;
@@ -58,7 +58,7 @@ pub struct ConvertArgs {
     /// The form of attention and experts, or of the dense network
     #[arg(long, value_enum)]
     pub quant: Quant,
-    /// The form of the output matrix; left out: 16-bit
+    /// The form of the output matrix; left out: 16-bit. NF4 parts a tied one from the embedding, which stays 16-bit
     #[arg(long, value_enum)]
     pub lm_head: Option<Head>,
     /// Threads that convert; 0 is one per core
@@ -74,6 +74,8 @@ pub struct ConvertArgs {
 pub enum Quant {
     /// NF4 with double quantisation
     Nf4,
+    /// Experts in MXFP4, as gpt-oss is published; everything else as it is
+    Mxfp4,
     /// As they are: MXFP4 experts stay what they are, bit by bit
     Keep,
 }
@@ -82,6 +84,7 @@ impl Quant {
     const fn name(self) -> &'static str {
         match self {
             Quant::Nf4 => "nf4",
+            Quant::Mxfp4 => "mxfp4",
             Quant::Keep => "keep",
         }
     }
@@ -152,7 +155,7 @@ fn resolved(path: &Path) -> PathBuf {
 /// Each variant of `ConvertError`.
 pub fn run(_proof: &Sandboxed, begun: Begun, args: &ConvertArgs, out: &mut dyn Write) -> Result<(), ConvertError> {
     let config = Config::read(&args.from)?;
-    let head = head(args, &config)?;
+    let head = head(args)?;
     let checkpoint = Checkpoint::open(&args.from)?;
     let items = plan::plan(&checkpoint, &config, args.quant, head)?;
     let files = shards::divide(&items, args.shard_bytes)?;
@@ -190,12 +193,13 @@ pub fn run(_proof: &Sandboxed, begun: Begun, args: &ConvertArgs, out: &mut dyn W
 }
 
 /// Decides about the output matrix.
-fn head(args: &ConvertArgs, config: &Config) -> Result<Head, ConvertError> {
-    let refused = |choice: Head, reason| Err(ConvertError::Head { choice: choice.name(), reason });
+fn head(args: &ConvertArgs) -> Result<Head, ConvertError> {
     match args.lm_head {
-        Some(choice) if args.quant == Quant::Keep => refused(choice, "--quant keep changes no weight"),
-        Some(Head::Nf4) if config.has_tied_embeddings => {
-            refused(Head::Nf4, "the model's output matrix is its embedding, which stays 16-bit")
+        Some(choice) if args.quant == Quant::Keep => {
+            Err(ConvertError::Head { choice: choice.name(), reason: "--quant keep changes no weight" })
+        }
+        Some(choice) if args.quant == Quant::Mxfp4 => {
+            Err(ConvertError::Head { choice: choice.name(), reason: "--quant mxfp4 changes experts alone" })
         }
         choice => Ok(choice.unwrap_or(Head::Wide)),
     }
@@ -222,7 +226,7 @@ fn kinds(items: &[Item]) -> BTreeMap<String, KindBytes> {
         let kind = kinds.entry(item.kind.to_owned()).or_default();
         match item.work {
             Work::Copy(_) => kind.kept += item.bytes(),
-            Work::Round(_) | Work::Quantize { .. } | Work::Nest { .. } => {
+            Work::Round(_) | Work::Quantize { .. } | Work::Mxfp4 { .. } | Work::Nest { .. } => {
                 kind.changed_from += item.source_bytes();
                 kind.changed_to += item.bytes();
             }

@@ -12,7 +12,7 @@ use super::error::ConvertError;
 use super::{Head, Quant};
 use crate::checkpoint::{Checkpoint, Tensor, bnb4bit};
 use crate::model::config::Config;
-use crate::quant::mxfp4::GROUP;
+use crate::quant::mxfp4::{GROUP, GROUP_BYTES};
 use crate::quant::nf4::{BLOCK_SIZE, NESTED_GROUP};
 
 /// Weights of one tensor, at most: what is kept of each block until a tensor is done bounds the memory that is taken.
@@ -21,11 +21,12 @@ pub const TENSOR_WEIGHTS_MAX: u64 = 1 << 32;
 /// Bytes of a quantisation state: filled up with spaces, so that a file's layout is known before its weights are.
 pub(super) const STATE_BYTES: usize = 256;
 
-/// The name of the output matrix.
+/// The names of the output matrix and of the embedding.
 const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// Names of what stays 16-bit.
-const WIDE: [&str; 4] = ["model.embed_tokens.weight", HEAD, ".mlp.router.weight", ".mlp.router.linear.weight"];
+const WIDE: [&str; 4] = [EMBEDDING, HEAD, ".mlp.router.weight", ".mlp.router.linear.weight"];
 
 /// Where weights come from, outputs first whatever the order of the bytes.
 #[derive(Clone, Debug)]
@@ -64,6 +65,8 @@ pub(super) enum Work {
     Round(Tensor),
     /// Weights become NF4 with nested scales.
     Quantize { source: Source, dimensions: Dimensions },
+    /// Weights become MXFP4.
+    Mxfp4 { source: Source, dimensions: Dimensions },
     /// Plain scales of NF4 become nested ones; the codes stay, which are needed to tell the error.
     Nest { codes: Tensor, absmax: Tensor, block_size: usize, dimensions: Dimensions },
 }
@@ -104,8 +107,10 @@ impl Item {
         let bytes = |tensor: &Tensor| tensor.region().len() as u64;
         match &self.work {
             Work::Copy(tensor) | Work::Round(tensor) => bytes(tensor),
-            Work::Quantize { source: Source::Rows(tensor) | Source::Transposed(tensor), .. } => bytes(tensor),
-            Work::Quantize { source: Source::Mxfp4 { blocks, scales }, .. } => bytes(blocks) + bytes(scales),
+            Work::Quantize { source, .. } | Work::Mxfp4 { source, .. } => match source {
+                Source::Rows(tensor) | Source::Transposed(tensor) => bytes(tensor),
+                Source::Mxfp4 { blocks, scales } => bytes(blocks) + bytes(scales),
+            },
             Work::Nest { absmax, .. } => bytes(absmax),
         }
     }
@@ -127,11 +132,35 @@ pub(super) fn plan(
 ) -> Result<Vec<Item>, ConvertError> {
     let mut names: Vec<&str> = checkpoint.names().collect();
     names.sort_by(|a, b| natural(a, b));
+    if quant == Quant::Mxfp4 && config.experts().is_none() {
+        return Err(ConvertError::NoExperts);
+    }
     let mut items = Vec::with_capacity(names.len());
+    if parts_head(config, head) {
+        items.push(parted_head(checkpoint)?);
+        names.retain(|name| *name != HEAD);
+    }
     for name in names {
         items.extend(decide(checkpoint, config, (quant, head), name)?);
     }
     Ok(items)
+}
+
+/// Says whether the output matrix, which is the embedding, gets bytes of its own.
+pub(super) fn parts_head(config: &Config, head: Head) -> bool {
+    config.has_tied_embeddings && head == Head::Nf4
+}
+
+/// Plans an output matrix out of the embedding.
+fn parted_head(checkpoint: &Checkpoint) -> Result<Item, ConvertError> {
+    let embedding = checkpoint.tensor(EMBEDDING)?;
+    match (embedding.dtype(), embedding.shape()) {
+        (Dtype::BF16 | Dtype::F16 | Dtype::F32, &[rows, cols]) => {
+            let dimensions = Dimensions { count: 1, is_fused: false, rows, cols };
+            quantized(HEAD, Source::Rows(embedding), dimensions)
+        }
+        _ => Err(not_supported(&embedding, "no matrix of floats", "bf16, f16 or f32, [rows, columns]")),
+    }
 }
 
 /// Decides for one tensor; nothing for one that is taken in with another.
@@ -144,6 +173,9 @@ fn decide(
     let tensor = checkpoint.tensor(name)?;
     if quant == Quant::Keep {
         return Ok(Some(copied(tensor)));
+    }
+    if quant == Quant::Mxfp4 {
+        return to_mxfp4(config, tensor).map(Some);
     }
     if let Some(weight) = name.strip_suffix(".quant_state.bitsandbytes__nf4") {
         let is_plain = checkpoint.tensor(&format!("{weight}.absmax"))?.dtype() == Dtype::F32;
@@ -246,14 +278,46 @@ fn from_fused(config: &Config, tensor: Tensor) -> Result<Item, ConvertError> {
     quantized(&name, Source::Transposed(tensor), dimensions)
 }
 
+/// Plans for one tensor of a model whose experts are to be MXFP4.
+fn to_mxfp4(config: &Config, tensor: Tensor) -> Result<Item, ConvertError> {
+    let name = tensor.name().to_owned();
+    if name.contains(".quant_state.bitsandbytes__") || is_fused(&name) && tensor.dtype() == Dtype::U8 {
+        return Err(not_supported(&tensor, "of a model in bitsandbytes' 4 bits", "bf16, f16 or f32"));
+    }
+    if !is_fused(&name) {
+        return Ok(copied(tensor));
+    }
+    let dimensions = fused_dimensions(config, &name, &tensor)?;
+    let Dimensions { count, rows, cols, .. } = dimensions;
+    tensor.expect_shape(&[count, cols, rows])?;
+    if !cols.is_multiple_of(GROUP) {
+        return Err(not_supported(&tensor, "of columns that make no whole groups", "a multiple of 32 columns"));
+    }
+    check_size(&name, dimensions)?;
+    let groups = vec![count, rows, cols / GROUP];
+    let outputs = vec![
+        Output::new(format!("{name}_blocks"), Dtype::U8, [&groups[..], &[GROUP_BYTES]].concat()),
+        Output::new(format!("{name}_scales"), Dtype::U8, groups),
+    ];
+    Ok(item(&name, Work::Mxfp4 { source: Source::Transposed(tensor), dimensions }, outputs, Value::Null))
+}
+
+/// Refuses weights that are more than the bound on memory allows, or none.
+fn check_size(name: &str, Dimensions { count, rows, cols, .. }: Dimensions) -> Result<(), ConvertError> {
+    let all = [count, rows, cols].iter().try_fold(1u64, |all, dimension| all.checked_mul(*dimension as u64));
+    match all {
+        Some(1..=TENSOR_WEIGHTS_MAX) => Ok(()),
+        other => {
+            let weights = other.unwrap_or(u64::MAX);
+            Err(ConvertError::TooLarge { tensor: name.to_owned(), weights, max: TENSOR_WEIGHTS_MAX })
+        }
+    }
+}
+
 /// Plans the quantising of a weight.
 fn quantized(name: &str, source: Source, dimensions: Dimensions) -> Result<Item, ConvertError> {
     let Dimensions { count, is_fused, rows, cols } = dimensions;
-    let all = [count, rows, cols].iter().try_fold(1u64, |all, dimension| all.checked_mul(*dimension as u64));
-    let weights = all.unwrap_or(u64::MAX);
-    if weights == 0 || weights > TENSOR_WEIGHTS_MAX {
-        return Err(ConvertError::TooLarge { tensor: name.to_owned(), weights, max: TENSOR_WEIGHTS_MAX });
-    }
+    check_size(name, dimensions)?;
     let dtype = match &source {
         Source::Rows(tensor) | Source::Transposed(tensor) if tensor.dtype() == Dtype::F32 => "float32",
         Source::Rows(tensor) | Source::Transposed(tensor) if tensor.dtype() == Dtype::F16 => "float16",

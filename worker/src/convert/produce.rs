@@ -18,7 +18,7 @@ use super::error::ConvertError;
 use super::plan::{Dimensions, Item, STATE_BYTES, Source, Work};
 use super::progress::Progress;
 use crate::checkpoint::{CheckpointError, Region, Tensor};
-use crate::quant::mxfp4::GROUP;
+use crate::quant::mxfp4::{GROUP, decode_group, quantize_group};
 use crate::quant::nf4::{BLOCK_SIZE, NESTED_GROUP, TABLE};
 use crate::quant::{FloatType, FormatError, Matrix, Mxfp4, Nested, quantize_absmax, quantize_block};
 
@@ -122,6 +122,9 @@ pub(super) fn produce(
         Work::Quantize { source, dimensions } => {
             quantize(item, (source, *dimensions), places, threads, progress).map(Some)
         }
+        Work::Mxfp4 { source, dimensions } => {
+            to_mxfp4(item, (source, *dimensions), places, threads, progress).map(Some)
+        }
         Work::Nest { codes, absmax, block_size, dimensions } => {
             let found = nest(item, (codes, absmax), (*block_size, *dimensions), places, threads)?;
             progress.add(item.source_bytes());
@@ -168,10 +171,7 @@ fn quantize(
         let blocks = floats.chunks(BLOCK_SIZE).map(|block| quantize_one(block, &mut codes)).collect();
         let norm = floats.iter().map(|value| f64::from(*value) * f64::from(*value)).sum();
         places.sink.write(&codes, places.offsets[0] + expert as u64 * code_bytes + range.start as u64 / 2)?;
-        // Shares of a whole, so that all together are the bytes of the source.
-        let (task, all) = (task as u128, all as u128);
-        let until = |task: u128| (u128::from(share) * task / all) as u64;
-        progress.add(until(task + 1) - until(task));
+        progress.add(part_of(share, task, all));
         Ok(Quantized { blocks, norm })
     })?;
     let experts: Vec<&[Quantized]> = done.chunks(slices).collect();
@@ -187,6 +187,47 @@ fn quantize(
     let (nested, squares): (Vec<Nested>, Vec<Squares>) = nested.into_iter().unzip();
     write_scales(item, dimensions, &nested, places, 2)?;
     Ok(Squares::sum(squares).relative())
+}
+
+/// Quantises to MXFP4. A slice ends where a group ends.
+fn to_mxfp4(
+    item: &Item,
+    (source, dimensions): (&Source, Dimensions),
+    places: &Places<'_>,
+    threads: usize,
+    progress: &Progress,
+) -> Result<f32, ConvertError> {
+    let weights = dimensions.weights();
+    let slices = weights.div_ceil(SLICE_WEIGHTS);
+    let (all, share) = (dimensions.count * slices, item.source_bytes());
+    let squares = each(threads, all, |task| {
+        let (expert, slice) = (task / slices, task % slices);
+        let range = slice * SLICE_WEIGHTS..((slice + 1) * SLICE_WEIGHTS).min(weights);
+        let floats = read(source, dimensions, expert, range.clone())?;
+        let (mut codes, mut scales) = (Vec::with_capacity(range.len() / 2), Vec::with_capacity(range.len() / GROUP));
+        let mut squares = Squares::default();
+        for group in floats.as_chunks::<GROUP>().0 {
+            let (bytes, scale) = quantize_group(group);
+            for (from, to) in group.iter().zip(decode_group(&bytes, scale)) {
+                squares.error += (f64::from(to) - f64::from(*from)).powi(2);
+                squares.norm += f64::from(*from).powi(2);
+            }
+            codes.extend(bytes);
+            scales.push(scale);
+        }
+        let first = (expert * weights + range.start) as u64;
+        places.sink.write(&codes, places.offsets[0] + first / 2)?;
+        places.sink.write(&scales, places.offsets[1] + first / GROUP as u64)?;
+        progress.add(part_of(share, task, all));
+        Ok(squares)
+    })?;
+    Ok(Squares::sum(squares).relative())
+}
+
+/// Gives the share that one task of many has in something: all together make it up.
+fn part_of(whole: u64, task: usize, all: usize) -> u64 {
+    let until = |task: usize| (u128::from(whole) * task as u128 / all as u128) as u64;
+    until(task + 1) - until(task)
 }
 
 /// Quantises a block, with what is needed to tell its error once its final scale is known.

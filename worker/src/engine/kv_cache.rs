@@ -7,6 +7,7 @@ use half::bf16;
 use half::slice::HalfBitsSliceExt;
 
 use super::pager::{BLOCK_TOKENS, Blocks, ELEMENT_BYTES, Kind, KvShape, Pager, Span};
+use crate::memory::pages::ask_for_large;
 
 /// The storage of all keys and values.
 #[derive(Debug)]
@@ -44,7 +45,10 @@ impl KvCache {
         let block_elements = 2 * shape.kv_heads * shape.head_dim * BLOCK_TOKENS as usize;
         let pool = |kind: Kind| {
             let layers = shape.layers(kind);
-            Pool { layers, data: vec![0; pager.pool_blocks(kind) as usize * layers * block_elements] }
+            let mut data = vec![0; pager.pool_blocks(kind) as usize * layers * block_elements];
+            // Where there are none, small pages serve as well, only slower.
+            let _ = ask_for_large(&mut data);
+            Pool { layers, data }
         };
         KvCache { full: pool(Kind::Full), window: pool(Kind::Window), slots: shape.slots(), pager }
     }

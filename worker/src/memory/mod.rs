@@ -3,6 +3,7 @@
 //! Here is the plan for the processor; `card` makes the one for a CUDA card.
 
 pub mod card;
+pub mod pages;
 pub mod scratch;
 
 use bulkhead_shared::limits::{CONTEXT_TOKENS_MAX, WORKER_REQUESTS_MAX};

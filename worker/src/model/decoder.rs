@@ -16,6 +16,7 @@ use super::config::{Config, Mlp};
 use super::mlp::DenseMlp;
 use super::moe::{Activation, Mixture};
 use super::norm::rms_norm;
+use super::rooms::{Room, Rooms};
 use super::rope::RopeTable;
 use super::weights::{Linear, MixtureWeights, MlpWeights, Weights};
 use crate::engine::kv_cache::KvCache;
@@ -29,6 +30,8 @@ pub struct Decoder {
     cpu: Cpu,
     rope: RopeTable,
     attention: Attention,
+    /// Where activations stand during a step.
+    rooms: Rooms,
     /// Layers computed so far: a decoder whose count stands still while it has work is hung.
     progress: Arc<AtomicU64>,
 }
@@ -37,15 +40,15 @@ pub struct Decoder {
 struct Step<'a> {
     batch: &'a Batch<'a>,
     cache: &'a mut KvCache,
-    rotation: Rotation,
+    rotation: Rotation<'a>,
 }
 
 /// Cosines and sines of a batch's positions. Shapes: each [batch, half].
-struct Rotation {
+struct Rotation<'a> {
     /// Half a head's elements.
     half: usize,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    cos: Room<'a>,
+    sin: Room<'a>,
 }
 
 impl Decoder {
@@ -54,7 +57,7 @@ impl Decoder {
     pub fn new(config: Config, weights: Weights, cpu: Cpu) -> Decoder {
         let rope = RopeTable::new(&config.rope);
         let attention = Attention::new(Vectors::of(cpu.path()));
-        Decoder { config, weights, cpu, rope, attention, progress: Arc::default() }
+        Decoder { config, weights, cpu, rope, attention, rooms: Rooms::default(), progress: Arc::default() }
     }
 
     /// Gives the model's configuration.
@@ -119,7 +122,7 @@ impl Decoder {
     /// When a token is outside the vocabulary or a sequence has no block for a row: the engine checks both before.
     pub fn forward(&self, batch: &Batch<'_>, cache: &mut KvCache) -> Vec<f32> {
         let hidden = self.config.hidden_size;
-        let mut x = vec![0.0; batch.rows.len() * hidden];
+        let mut x = self.rooms.lend(batch.rows.len() * hidden);
         for (row, embedded) in batch.rows.iter().zip(x.chunks_exact_mut(hidden)) {
             self.weights.embedding.decode_row(row.token as usize, embedded);
         }
@@ -135,15 +138,14 @@ impl Decoder {
     /// When a sequence has no block for a row.
     pub fn layers(&self, batch: &Batch<'_>, cache: &mut KvCache, x: &mut [f32]) {
         let mut step = Step { batch, cache, rotation: self.rotation(batch) };
-        let mut normalised = vec![0.0; x.len()];
-        let mut change = vec![0.0; x.len()];
+        let (mut normalised, mut change) = (self.rooms.lend(x.len()), self.rooms.lend(x.len()));
         for (index, layer) in self.weights.layers.iter().enumerate() {
             self.normalise(x, &layer.attention_norm, &mut normalised);
             self.attention(index, &mut step, &normalised, &mut change);
-            add(x, &change);
+            self.add(x, &change);
             self.normalise(x, &layer.mlp_norm, &mut normalised);
             self.mlp(&layer.mlp, &normalised, &mut change);
-            add(x, &change);
+            self.add(x, &change);
             self.progress.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -152,7 +154,8 @@ impl Decoder {
     fn attention(&self, index: usize, step: &mut Step<'_>, x: &[f32], out: &mut [f32]) {
         let heads = Heads { query: self.config.heads, kv: self.config.kv_heads, dim: self.config.head_dim };
         let weights = &self.weights.layers[index].attention;
-        let [mut queries, mut keys, mut values] = [&weights.q, &weights.k, &weights.v].map(|linear| room(linear, x));
+        let room = |linear: &Linear| self.rooms.lend(x.len() / linear.weight.cols() * linear.weight.rows());
+        let [mut queries, mut keys, mut values] = [&weights.q, &weights.k, &weights.v].map(room);
         self.cpu.multiply(&mut [
             weights.q.product(x, &mut queries),
             weights.k.product(x, &mut keys),
@@ -165,7 +168,7 @@ impl Decoder {
         for ((row, key), value) in rows {
             step.cache.write(index, step.batch.blocks[row.sequence], row.position, key, value);
         }
-        let mut attended = vec![0.0; queries.len()];
+        let mut attended = self.rooms.lend(queries.len());
         LayerAttention {
             cpu: &self.cpu,
             attention: &self.attention,
@@ -184,7 +187,7 @@ impl Decoder {
     pub fn mlp(&self, weights: &MlpWeights, x: &[f32], out: &mut [f32]) {
         match weights {
             MlpWeights::Experts(mixture) => self.mixture(mixture, x, out),
-            MlpWeights::Dense(weights) => DenseMlp { cpu: &self.cpu, weights }.run(x, out),
+            MlpWeights::Dense(weights) => DenseMlp { cpu: &self.cpu, rooms: &self.rooms, weights }.run(x, out),
         }
     }
 
@@ -192,7 +195,8 @@ impl Decoder {
     fn mixture(&self, MixtureWeights { router, experts }: &MixtureWeights, x: &[f32], out: &mut [f32]) {
         let config = self.config.experts().expect("weights have the shape of their config");
         let activation = Activation { alpha: config.swiglu_alpha, limit: config.swiglu_limit };
-        Mixture { cpu: &self.cpu, router, experts, used: config.per_token, activation }.run(x, out);
+        let (cpu, rooms) = (&self.cpu, &self.rooms);
+        Mixture { cpu, rooms, router, experts, used: config.per_token, activation }.run(x, out);
     }
 
     /// Shapes: x, out: [batch, hidden].
@@ -203,8 +207,16 @@ impl Decoder {
         });
     }
 
+    /// Shapes: x, change: [batch, hidden].
+    fn add(&self, x: &mut [f32], change: &[f32]) {
+        let size = self.config.hidden_size;
+        self.cpu.for_each_chunk(x, size, |row, x| {
+            x.iter_mut().zip(&change[row * size..(row + 1) * size]).for_each(|(x, change)| *x += change);
+        });
+    }
+
     /// Rotates every head by the angles of its row's position. Shapes: x: [batch, heads, head_dim].
-    fn rotate(&self, x: &mut [f32], heads: usize, rotation: &Rotation) {
+    fn rotate(&self, x: &mut [f32], heads: usize, rotation: &Rotation<'_>) {
         let half = rotation.half;
         self.cpu.for_each_chunk(x, heads * 2 * half, |row, x| {
             let angles = row * half..(row + 1) * half;
@@ -212,9 +224,9 @@ impl Decoder {
         });
     }
 
-    fn rotation(&self, batch: &Batch<'_>) -> Rotation {
+    fn rotation(&self, batch: &Batch<'_>) -> Rotation<'_> {
         let half = self.config.head_dim / 2;
-        let (mut cos, mut sin) = (vec![0.0; batch.rows.len() * half], vec![0.0; batch.rows.len() * half]);
+        let [mut cos, mut sin] = [(); 2].map(|()| self.rooms.lend(batch.rows.len() * half));
         for ((row, cos), sin) in batch.rows.iter().zip(cos.chunks_exact_mut(half)).zip(sin.chunks_exact_mut(half)) {
             self.rope.write(row.position as usize, cos, sin);
         }
@@ -223,9 +235,10 @@ impl Decoder {
 
     fn logits(&self, batch: &Batch<'_>, x: &[f32]) -> Vec<f32> {
         let hidden = self.config.hidden_size;
-        let wanted: Vec<f32> =
-            batch.outputs.iter().flat_map(|row| &x[row * hidden..(row + 1) * hidden]).copied().collect();
-        let mut normalised = vec![0.0; wanted.len()];
+        let [mut wanted, mut normalised] = [(); 2].map(|()| self.rooms.lend(batch.outputs.len() * hidden));
+        for (row, wanted) in batch.outputs.iter().zip(wanted.chunks_exact_mut(hidden)) {
+            wanted.copy_from_slice(&x[row * hidden..(row + 1) * hidden]);
+        }
         self.normalise(&wanted, &self.weights.final_norm, &mut normalised);
         let mut logits = vec![0.0; batch.outputs.len() * self.config.vocab_size];
         if !logits.is_empty() {
@@ -233,13 +246,6 @@ impl Decoder {
         }
         logits
     }
-}
-
-/// Makes room for what a linear layer computes from `x`.
-///
-/// Shapes: x: [batch, columns] -> [batch, rows].
-fn room(linear: &Linear, x: &[f32]) -> Vec<f32> {
-    vec![0.0; x.len() / linear.weight.cols() * linear.weight.rows()]
 }
 
 /// Rotates the two halves of each head of a row. Source: Su et al. 2021, "RoFormer", in the half-split pairing of GPT-NeoX.
@@ -252,8 +258,4 @@ fn rotate_row(x: &mut [f32], cos: &[f32], sin: &[f32]) {
             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
-}
-
-fn add(x: &mut [f32], change: &[f32]) {
-    x.iter_mut().zip(change).for_each(|(x, change)| *x += change);
 }

@@ -3,6 +3,7 @@
 //! silu(z) = z / (1 + exp(-z)). Source: Shazeer 2020, "GLU Variants Improve Transformer"; Llama, `modeling_llama.py` of
 //! transformers.
 
+use super::rooms::Rooms;
 use super::weights::DenseWeights;
 use crate::quant::cpu::Cpu;
 
@@ -11,6 +12,8 @@ use crate::quant::cpu::Cpu;
 pub struct DenseMlp<'a> {
     /// Where to compute.
     pub cpu: &'a Cpu,
+    /// Where what is between the matrices stands.
+    pub rooms: &'a Rooms,
     /// The matrices.
     pub weights: &'a DenseWeights,
 }
@@ -22,8 +25,7 @@ impl DenseMlp<'_> {
     pub fn run(&self, x: &[f32], out: &mut [f32]) {
         let (gate, up) = (&self.weights.gate, &self.weights.up);
         let (tokens, width) = (x.len() / gate.weight.cols(), gate.weight.rows());
-        let mut inner = vec![0.0; tokens * width];
-        let mut upper = vec![0.0; inner.len()];
+        let [mut inner, mut upper] = [(); 2].map(|()| self.rooms.lend(tokens * width));
         self.cpu.multiply(&mut [gate.product(x, &mut inner), up.product(x, &mut upper)]);
         self.cpu.for_each_chunk(&mut inner, width, |token, inner| {
             let upper = &upper[token * width..(token + 1) * width];

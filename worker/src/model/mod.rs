@@ -13,5 +13,6 @@ pub mod mlp;
 pub mod moe;
 pub mod norm;
 pub mod reference;
+pub mod rooms;
 pub mod rope;
 pub mod weights;

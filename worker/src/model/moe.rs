@@ -8,6 +8,7 @@
 //! Tokens are grouped by expert, so that a weight is read once for all of them; a token's experts are added in the order
 //! of their rank, so its result does not depend on the others.
 
+use super::rooms::{Room, Rooms};
 use super::weights::{ExpertWeights, Linear};
 use crate::quant::cpu::Cpu;
 
@@ -32,6 +33,8 @@ struct Choice {
 pub struct Mixture<'a> {
     /// Where to compute.
     pub cpu: &'a Cpu,
+    /// Where what is between the matrices stands.
+    pub rooms: &'a Rooms,
     /// The linear layer that judges the experts.
     pub router: &'a Linear,
     /// The experts.
@@ -42,13 +45,13 @@ pub struct Mixture<'a> {
     pub activation: Activation,
 }
 
-impl Mixture<'_> {
+impl<'a> Mixture<'a> {
     /// Runs the mixture for a batch.
     ///
     /// Shapes: x, out: [batch, hidden].
     pub fn run(&self, x: &[f32], out: &mut [f32]) {
         let hidden = self.router.weight.cols();
-        let mut logits = vec![0.0; x.len() / hidden * self.experts.len()];
+        let mut logits = self.rooms.lend(x.len() / hidden * self.experts.len());
         self.router.apply(self.cpu, x, &mut logits);
         let choices: Vec<Choice> =
             logits.chunks_exact(self.experts.len()).flat_map(|logits| route(logits, self.used)).collect();
@@ -56,8 +59,10 @@ impl Mixture<'_> {
         // Places of choices, those of one expert together.
         let mut order: Vec<usize> = (0..choices.len()).collect();
         order.sort_by_key(|place| choices[*place].expert);
-        let row = |place: &usize| &x[place / self.used * hidden..(place / self.used + 1) * hidden];
-        let gathered: Vec<f32> = order.iter().flat_map(row).copied().collect();
+        let mut gathered = self.rooms.lend(order.len() * hidden);
+        for (place, gathered) in order.iter().zip(gathered.chunks_exact_mut(hidden)) {
+            gathered.copy_from_slice(&x[place / self.used * hidden..(place / self.used + 1) * hidden]);
+        }
         let groups: Vec<(&ExpertWeights, usize)> = order
             .chunk_by(|a, b| choices[*a].expert == choices[*b].expert)
             .map(|places| (&self.experts[choices[places[0]].expert], places.len()))
@@ -79,26 +84,26 @@ impl Mixture<'_> {
     /// Computes each expert for the rows of its own, which follow each other.
     ///
     /// Shapes: x: [tokens, hidden] -> [tokens, hidden].
-    fn run_experts(&self, groups: &[(&ExpertWeights, usize)], x: &[f32]) -> Vec<f32> {
-        let Some((first, _)) = groups.first() else { return Vec::new() };
+    fn run_experts(&self, groups: &[(&ExpertWeights, usize)], x: &[f32]) -> Room<'a> {
+        let Some((first, _)) = groups.first() else { return self.rooms.lend(0) };
         let (hidden, inner) = (first.gate_up.weight.cols(), first.down.weight.cols());
         let tokens = x.len() / hidden;
-        let mut gate_up = vec![0.0; tokens * 2 * inner];
+        let mut gate_up = self.rooms.lend(tokens * 2 * inner);
         self.multiply(groups.iter().map(|(expert, count)| (&expert.gate_up, *count)), x, &mut gate_up);
-        let mut activated = vec![0.0; tokens * inner];
+        let mut activated = self.rooms.lend(tokens * inner);
         self.cpu.for_each_chunk(&mut activated, inner, |token, activated| {
             let (pairs, _) = gate_up[token * 2 * inner..(token + 1) * 2 * inner].as_chunks::<2>();
             for (value, [gate, up]) in activated.iter_mut().zip(pairs) {
                 *value = swiglu(*gate, *up, self.activation);
             }
         });
-        let mut out = vec![0.0; tokens * hidden];
+        let mut out = self.rooms.lend(tokens * hidden);
         self.multiply(groups.iter().map(|(expert, count)| (&expert.down, *count)), &activated, &mut out);
         out
     }
 
     /// Applies each linear layer to so many rows.
-    fn multiply<'a>(&self, linears: impl Iterator<Item = (&'a Linear, usize)>, mut x: &[f32], mut out: &mut [f32]) {
+    fn multiply<'b>(&self, linears: impl Iterator<Item = (&'b Linear, usize)>, mut x: &[f32], mut out: &mut [f32]) {
         let mut products = Vec::new();
         for (linear, rows) in linears {
             let (own_x, later_x) = x.split_at(rows * linear.weight.cols());

@@ -144,6 +144,41 @@ pub fn decode_group(block: &[u8; GROUP_BYTES], scale: u8) -> [f32; GROUP] {
     values.map(|value| value * power)
 }
 
+/// Quantises one group: gives its codes and its scale.
+///
+/// The scale is the largest power of two that the largest magnitude reaches, over that of the largest code, 2^2; weights are then
+/// rounded to the nearest code, the even one of two, and what is above the largest code becomes that. A scale that the format
+/// does not reach is its least.
+///
+/// Source: OCP Microscaling Formats v1.0, section 6.3, with the rounding of section 5.3.3.
+#[must_use]
+pub fn quantize_group(weights: &[f32; GROUP]) -> ([u8; GROUP_BYTES], u8) {
+    const MANTISSA_BITS: u32 = 23;
+    const LARGEST_CODE_EXPONENT: u32 = 2;
+    let largest = weights.iter().fold(0.0f32, |largest, weight| largest.max(weight.abs()));
+    // The exponent as f32 stores it has the bias of a scale.
+    let scale = (largest.to_bits() >> MANTISSA_BITS).saturating_sub(LARGEST_CODE_EXPONENT) as u8;
+    // 2^(127 - scale), a normal number for each of these scales.
+    let reciprocal = f32::from_bits((254 - u32::from(scale)) << MANTISSA_BITS);
+    let mut codes = [0; GROUP_BYTES];
+    for (byte, pair) in codes.iter_mut().zip(weights.as_chunks::<2>().0) {
+        let [first, second] = pair.map(|weight| nearest_code(weight * reciprocal));
+        *byte = first | second << 4;
+    }
+    (codes, scale)
+}
+
+/// Finds the code whose value is nearest, the even one of two.
+fn nearest_code(value: f32) -> u8 {
+    let magnitude = value.abs();
+    let above = |code: usize| {
+        let midpoint = (TABLE[code] + TABLE[code + 1]) / 2.0;
+        magnitude > midpoint || magnitude == midpoint && code % 2 == 1
+    };
+    let code = (0..7).filter(|code| above(*code)).count() as u8;
+    code | u8::from(value.is_sign_negative()) << 3
+}
+
 /// 2^(scale - 127), built from its bits: a scale below the NaN is the exponent of an f32 as it is stored, and 0 makes a
 /// subnormal.
 #[inline]
@@ -169,6 +204,38 @@ mod tests {
             };
             let expected = if sign == 1 { -magnitude } else { magnitude };
             assert_eq!(value.to_bits(), expected.to_bits(), "{code}");
+        }
+    }
+
+    #[test]
+    fn groups_take_the_nearest_codes_under_the_power_that_the_standard_says() {
+        let group = |some: &[f32]| std::array::from_fn::<f32, GROUP, _>(|i| some.get(i).copied().unwrap_or(0.0));
+        let cases: [(&[f32], &[f32], u8); 6] = [
+            // Every code is its own, and every tie goes to the even one: 4, 0, 1, 1, 2, 2, 4, 4.
+            (&[4.0, 0.5, -1.5, 6.0], &[4.0, 0.5, -1.5, 6.0], 127),
+            (&[4.0, 0.25, 0.75, -1.25, 1.75, 2.5, 3.5, -5.0], &[4.0, 0.0, 1.0, -1.0, 2.0, 2.0, 4.0, -4.0], 127),
+            // Above the largest code and below the next power.
+            (&[7.9, -7.9, 0.3], &[6.0, -6.0, 0.5], 127),
+            (&[8.0, 1.0], &[8.0, 1.0], 128),
+            (&[], &[], 0),
+            (&[f32::MAX, -f32::MAX], &[6.0 * 2f32.powi(125), -6.0 * 2f32.powi(125)], 252),
+        ];
+        for (weights, expected, scale) in cases {
+            let (codes, found) = quantize_group(&group(weights));
+            assert_eq!((decode_group(&codes, found), found), (group(expected), scale), "{weights:?}");
+        }
+        // Numbers below the least scale's codes vanish, and those of its range are halves of it.
+        let tiny = 2f32.powi(-127);
+        let (codes, scale) = quantize_group(&group(&[tiny, -tiny / 8.0]));
+        assert_eq!((decode_group(&codes, scale)[0], scale), (tiny, 0));
+    }
+
+    #[test]
+    fn what_is_mxfp4_already_stays() {
+        for scale in [0, 1, 100, 127, 252] {
+            let codes = std::array::from_fn(|i| (i * 16 + 7) as u8);
+            let (found, again) = quantize_group(&decode_group(&codes, scale));
+            assert_eq!((decode_group(&found, again), again), (decode_group(&codes, scale), scale));
         }
     }
 

@@ -30,6 +30,9 @@ pub(super) const TILE_QUERIES: usize = 64;
 /// Lanes over which powers are added, whatever a vector holds.
 const SUM_LANES: usize = 16;
 
+/// Blocks from where keys or values are read to where memory is asked for more.
+const AHEAD: usize = 2;
+
 /// Elements of a cache line.
 const LINE: usize = 32;
 
@@ -53,14 +56,14 @@ pub(super) struct Tile<'a> {
     pub(super) dim: usize,
 }
 
-impl Tile<'_> {
+impl<'a> Tile<'a> {
     /// Queries of the tile.
     pub(super) fn queries(&self) -> usize {
         self.tokens * self.group
     }
 
     /// Gives the keys and values of a block of a split.
-    fn block(&self, split: u32, block: usize) -> BlockView<'_> {
+    fn block(&self, split: u32, block: usize) -> BlockView<'a> {
         let index = split * (SPLIT_TOKENS / BLOCK_TOKENS) + block as u32;
         self.cache.block(self.layer, self.blocks, index, self.kv_head)
     }
@@ -246,15 +249,29 @@ fn blocks(seen: &Range<usize>) -> Range<usize> {
     seen.start / BLOCK..seen.end.div_ceil(BLOCK)
 }
 
+/// Gives what is read so many blocks behind the first keys of a split: its keys, then its values, then the keys of the next.
+/// Pages lie apart, and no processor looks ahead across them.
+#[inline(always)]
+fn ahead<'a>(tile: &Tile<'a>, split: u32, all: &Range<usize>, step: usize) -> &'a [bf16] {
+    let count = all.len();
+    if step < count {
+        return tile.block(split, all.start + step).keys;
+    }
+    if step < 2 * count {
+        return tile.block(split, all.start + step - count).values;
+    }
+    let block = step - 2 * count;
+    let start = (split + 1) * SPLIT_TOKENS + block as u32 * BLOCK_TOKENS;
+    if start < tile.position + tile.tokens as u32 { tile.block(split + 1, block).keys } else { &[] }
+}
+
 /// Shapes: scores: [queries, SPLIT], of which the blocks that hold `seen` are written.
 #[inline(always)]
 fn score<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, packed: &[f32], scores: &mut [f32]) {
     let all = blocks(seen);
     for block in all.clone() {
         let keys = tile.block(split, block).keys;
-        // Pages lie apart, and no processor looks ahead across them.
-        let ahead =
-            if block + 1 < all.end { tile.block(split, block + 1).keys } else { tile.block(split, all.start).values };
+        let ahead = ahead(tile, split, &all, block - all.start + AHEAD);
         let mut first = 0;
         while first < tile.queries() {
             let count = bundle::<L>(tile.queries() - first);
@@ -365,14 +382,12 @@ fn fold<L: Lanes>(vectors: &[L; SUM_LANES / 8], join: impl Fn(f32, f32) -> f32) 
 #[inline(always)]
 fn add_values<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, powers: &[f32], sums: &mut [f32]) {
     let dim = tile.dim;
-    let is_last = split + 1 >= (tile.position + tile.tokens as u32).div_ceil(SPLIT_TOKENS);
-    let ahead = if is_last { &[] } else { tile.block(split + 1, 0).keys };
     let all = blocks(seen);
     for block in all.clone() {
         let within = |position: usize| position.saturating_sub(block * BLOCK).min(BLOCK);
         let tokens = within(seen.start)..within(seen.end);
         let values = &tile.block(split, block).values[tokens.start * dim..tokens.end * dim];
-        let ahead = if block + 1 < all.end { tile.block(split, block + 1).values } else { ahead };
+        let ahead = ahead(tile, split, &all, all.len() + block - all.start + AHEAD);
         let mut first = 0;
         while first < tile.queries() {
             let count = bundle::<L>(tile.queries() - first);
@@ -395,23 +410,20 @@ fn add_values<L: Lanes>(tile: &Tile<'_>, split: u32, seen: &Range<usize>, powers
 #[inline(always)]
 fn add_bundle<L: Lanes, const R: usize>(powers: &[f32], values: &[bf16], sums: &mut [f32], ahead: &[bf16]) {
     let dim = sums.len() / R;
-    for line in ahead.chunks(LINE) {
-        L::prefetch(line);
-    }
     let mut column = 0;
     if R == 1 {
         // One query alone keeps the units busy with more vectors of its own.
         while column + 4 * L::COUNT <= dim {
-            add_stripe::<L, R, 4>(powers, values, sums, column);
+            add_stripe::<L, R, 4>(powers, values, sums, (column, ahead));
             column += 4 * L::COUNT;
         }
     }
     while column + 2 * L::COUNT <= dim {
-        add_stripe::<L, R, 2>(powers, values, sums, column);
+        add_stripe::<L, R, 2>(powers, values, sums, (column, ahead));
         column += 2 * L::COUNT;
     }
     while column + L::COUNT <= dim {
-        add_stripe::<L, R, 1>(powers, values, sums, column);
+        add_stripe::<L, R, 1>(powers, values, sums, (column, ahead));
         column += L::COUNT;
     }
     for column in column..dim {
@@ -430,7 +442,7 @@ fn add_stripe<L: Lanes, const R: usize, const V: usize>(
     powers: &[f32],
     values: &[bf16],
     sums: &mut [f32],
-    column: usize,
+    (column, ahead): (usize, &[bf16]),
 ) {
     let dim = sums.len() / R;
     let stripe = column..column + V * L::COUNT;
@@ -443,6 +455,12 @@ fn add_stripe<L: Lanes, const R: usize, const V: usize>(
     let positions = values.len() / dim;
     let powers: [&[f32]; R] = std::array::from_fn(|r| &powers[r * SPLIT..r * SPLIT + positions]);
     for (position, values) in values.chunks_exact(dim).enumerate() {
+        // Bit by bit: asked for all at once, they would have to wait for each other.
+        for line in (stripe.start..stripe.end).step_by(LINE) {
+            if let Some(ahead) = ahead.get(position * dim + line..) {
+                L::prefetch(ahead);
+            }
+        }
         let values = &values[stripe.clone()];
         let mut wide = [L::splat(0.0); V];
         for v in 0..V {

@@ -11,9 +11,9 @@ use super::path::CpuPath;
 /// A dot product of two vectors of one length.
 pub(super) type Dot = fn(&[f32], &[f32]) -> f32;
 
-/// The dot products of four rows of bf16, in little endian bytes, with a vector of their length: the bits are those of `Dot`
-/// on the widened rows.
-pub(super) type DotBf16 = fn([&[[u8; 2]]; BF16_ROWS], &[f32]) -> [f32; BF16_ROWS];
+/// The dot products of four rows of bf16, in little endian bytes, with vectors of their length that follow each other, as many
+/// as there are results: the bits are those of `Dot` on the widened rows.
+pub(super) type DotBf16 = fn([&[[u8; 2]]; BF16_ROWS], &[f32], &mut [[f32; BF16_ROWS]]);
 
 /// Rows of bf16 that are multiplied together: their sums do not wait for each other, as the partial sums of one row do.
 pub(super) const BF16_ROWS: usize = 4;
@@ -52,8 +52,8 @@ impl Instructions {
 
     pub(super) fn dot_bf16(self) -> DotBf16 {
         match self {
-            Instructions::Baseline => |rows, x| bf16_in_lanes(rows, x, |x, y, sum| x * y + sum),
-            Instructions::Fused => |rows, x| bf16_in_lanes(rows, x, f32::mul_add),
+            Instructions::Baseline => |rows, x, out| each(rows, x, out, |x, y, sum| x * y + sum),
+            Instructions::Fused => |rows, x, out| each(rows, x, out, f32::mul_add),
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx2 => super::floats::bf16,
             #[cfg(target_arch = "x86_64")]
@@ -96,6 +96,18 @@ fn dot_in_lanes(a: &[f32], b: &[f32], multiply_add: impl Fn(f32, f32, f32) -> f3
         sums[lane] = multiply_add(*x, *y, sums[lane]);
     }
     add_up(sums)
+}
+
+#[inline(always)]
+fn each(
+    rows: [&[[u8; 2]]; BF16_ROWS],
+    x: &[f32],
+    out: &mut [[f32; BF16_ROWS]],
+    multiply_add: impl Fn(f32, f32, f32) -> f32,
+) {
+    for (x, out) in x.chunks_exact(rows[0].len()).zip(out) {
+        *out = bf16_in_lanes(rows, x, &multiply_add);
+    }
 }
 
 #[inline(always)]

@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 
 use super::dot::{self, BF16_ROWS};
 use super::lines::{self, LANES};
-use super::ymm::{load_f32, prefetch_behind, store_f32};
+use super::ymm::{load_f32, prefetch_row, store_f32};
 
 /// Rounds a block, as `lines::round_block` does, of 32 or 64 activations.
 pub(super) fn round_block(x: &[f32], even: &mut [i8], odd: &mut [i8]) -> (f32, i32) {
@@ -53,8 +53,8 @@ pub(super) fn round_block(x: &[f32], even: &mut [i8], odd: &mut [i8]) -> (f32, i
     unsafe { inner(x, even, odd) }
 }
 
-/// Computes four rows of bf16, as `dot::bf16_in_lanes` does.
-pub(super) fn bf16(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+/// Computes four rows of bf16, as `dot::bf16_in_lanes` does, for tokens one after the other.
+pub(super) fn bf16(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32], out: &mut [[f32; BF16_ROWS]]) {
     #[target_feature(enable = "avx2,fma")]
     fn inner(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
         let (x_lanes, x_rest) = x.as_chunks::<{ 2 * LANES }>();
@@ -65,7 +65,7 @@ pub(super) fn bf16(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS]
                 let x = load_f32(x);
                 for row in 0..BF16_ROWS {
                     if half == 0 {
-                        prefetch_behind(&lanes[row][index]);
+                        prefetch_row(rows[row], index * 2 * LANES, BF16_ROWS);
                     }
                     let weights: &[[u8; 2]; LANES] = &lanes[row][index].as_chunks().0[half];
                     // SAFETY: 16 bytes are read from arrays of as many.
@@ -83,6 +83,8 @@ pub(super) fn bf16(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS]
             dot::bf16_rest(&rows[row][x_lanes.len() * 2 * LANES..], x_rest, sums)
         })
     }
-    // SAFETY: the path that leads here was checked against the processor.
-    unsafe { inner(rows, x) }
+    for (x, out) in x.chunks_exact(rows[0].len()).zip(out) {
+        // SAFETY: the path that leads here was checked against the processor.
+        *out = unsafe { inner(rows, x) };
+    }
 }

@@ -145,6 +145,11 @@ impl<'a> Coded<'a> {
         self.cols / (SEGMENT / self.kind.blocks())
     }
 
+    /// Gives the bytes of a row's codes.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.cols / 2
+    }
+
     /// Gives the codes of a row: its whole segments, and what follows them.
     #[inline(always)]
     pub(super) fn row(&self, row: usize) -> (&'a [[u8; SEGMENT_BYTES]], &'a [u8]) {

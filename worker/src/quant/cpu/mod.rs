@@ -15,6 +15,8 @@ mod dot;
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod floats;
+#[cfg(target_arch = "x86_64")]
+mod groups;
 mod lines;
 mod path;
 #[expect(unsafe_code, reason = "threads share a closure and a slice for as long as a loop lasts")]
@@ -22,6 +24,9 @@ mod pool;
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod ymm;
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
+mod ymm_many;
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "vector instructions are called once they were detected")]
 mod zmm;
@@ -43,6 +48,9 @@ const TASK_ROWS: usize = 32;
 
 /// Tasks for each thread, so that one that is held up leaves its part to the others.
 const TASKS_PER_THREAD: usize = 8;
+
+/// Tokens that meet rows of bf16 before those are read again.
+const BF16_CHUNK: usize = 16;
 
 /// Tokens that one task rounds to bytes, and the most that the caller's thread rounds alone.
 const TASK_TOKENS: usize = 4;
@@ -161,16 +169,26 @@ impl Cpu {
         if rounded.len() < products.len() {
             rounded.resize_with(products.len(), Rounded::default);
         }
-        for (product, rounded) in products.iter().zip(rounded.iter_mut()) {
+        let mut places = Vec::with_capacity(products.len());
+        for (index, product) in products.iter().enumerate() {
             product.check();
             let read = product.weight.stored_bytes() + product.bias.map_or(0, size_of_val);
             self.bytes_read.fetch_add(read as u64, Ordering::Relaxed);
-            if let Some(coded) = self.coded(product.weight) {
-                self.round(&coded, product, rounded);
+            let coded = self.coded(product.weight);
+            // Products of one batch with weights of one kind share what it is rounded to.
+            let form = |product: &Product<'_>| {
+                let kind = self.coded(product.weight).map(|coded| coded.kind);
+                (product.weight.cols(), kind)
+            };
+            let is_same = |other: &Product<'_>| std::ptr::eq(other.x, product.x) && form(other) == form(product);
+            let place = products[..index].iter().position(is_same).unwrap_or(index);
+            places.push(place);
+            if let Some(coded) = coded.filter(|_| place == index) {
+                self.round(&coded, product, &mut rounded[index]);
             }
         }
         let jobs: Vec<Job<'_>> =
-            products.iter_mut().zip(rounded.iter()).map(|(product, rounded)| self.job(product, rounded)).collect();
+            products.iter_mut().zip(places).map(|(product, place)| self.job(product, &rounded[place])).collect();
         let count = jobs.iter().map(Job::tasks).sum();
         self.pool.for_each(count, &|mut task, scratch| {
             for job in &jobs {
@@ -216,8 +234,10 @@ impl Cpu {
             self.pool.for_each_chunk(tokens, TASK_TOKENS, |chunk, tokens| round(chunk * TASK_TOKENS, tokens));
         }
         #[cfg(target_arch = "x86_64")]
-        if self.path == CpuPath::Amx && count >= AMX_TOKENS_MIN {
-            rounded.packed.fill(coded, &rounded.tokens);
+        match self.path {
+            CpuPath::Amx if count >= AMX_TOKENS_MIN => rounded.packed.fill(coded, &rounded.tokens),
+            CpuPath::Avx512 | CpuPath::Amx if count > 1 => rounded.groups.fill(&self.pool, coded, &rounded.tokens),
+            _ => {}
         }
     }
 
@@ -259,20 +279,17 @@ impl Cpu {
         match (self.path, tokens) {
             (CpuPath::Scalar | CpuPath::Portable, _) => lines::products(coded, tokens, rows, out),
             (CpuPath::Avx2, [token]) => ymm::avx2::one(coded, token, rows, (&mut scratch[0], out)),
-            (CpuPath::Avx2, _) => ymm::avx2::many(coded, tokens, rows, (&mut scratch[0], out)),
+            (CpuPath::Avx2, _) => ymm_many::avx2::many(coded, tokens, rows, (&mut scratch[0], out)),
             (CpuPath::AvxVnni, [token]) => ymm::avxvnni::one(coded, token, rows, (&mut scratch[0], out)),
-            (CpuPath::AvxVnni, _) => ymm::avxvnni::many(coded, tokens, rows, (&mut scratch[0], out)),
+            (CpuPath::AvxVnni, _) => ymm_many::avxvnni::many(coded, tokens, rows, (&mut scratch[0], out)),
             (CpuPath::Avx512 | CpuPath::Amx, [token]) if coded.kind.blocks() == 1 => {
                 ymm::avx512::one(coded, token, rows, (&mut scratch[0], out));
             }
             (CpuPath::Avx512 | CpuPath::Amx, [token]) => zmm::one(coded, token, rows, (&mut scratch[0], out)),
-            (CpuPath::Avx512 | CpuPath::Amx, _) if tokens.len() < zmm::TOKENS => {
-                ymm::avx512::many(coded, tokens, rows, (&mut scratch[0], out));
-            }
             (CpuPath::Amx, tokens) if tokens.len() >= AMX_TOKENS_MIN => {
                 amx::many(coded, (&rounded.packed, tokens.len()), rows, (scratch, out));
             }
-            (CpuPath::Avx512 | CpuPath::Amx, _) => zmm::many(coded, tokens, rows, (&mut scratch[0], out)),
+            (CpuPath::Avx512 | CpuPath::Amx, _) => zmm::many(coded, &rounded.groups, rows, (scratch, out)),
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
@@ -291,16 +308,21 @@ impl Cpu {
         }
     }
 
-    /// Multiplies rows of bf16, several at a time.
+    /// Multiplies rows of bf16, several at a time, with so many tokens as stay near meanwhile.
     fn rows_in_bf16(&self, job: &Job<'_>, weights: &[[u8; 2]], rows: Range<usize>) {
         let columns = job.weight.cols();
-        for first in rows.clone().step_by(BF16_ROWS) {
-            // Rows behind the last one repeat it.
-            let some: [usize; BF16_ROWS] = std::array::from_fn(|i| (first + i).min(rows.end - 1));
-            let weights = some.map(|row| &weights[row * columns..(row + 1) * columns]);
-            for (token, x) in job.x.chunks_exact(columns).enumerate() {
-                for (row, product) in some.into_iter().zip((self.dot_bf16)(weights, x)) {
-                    job.out.put(token, row, product);
+        for (chunk, x) in job.x.chunks(BF16_CHUNK * columns).enumerate() {
+            for first in rows.clone().step_by(BF16_ROWS) {
+                // Rows behind the last one repeat it.
+                let some: [usize; BF16_ROWS] = std::array::from_fn(|i| (first + i).min(rows.end - 1));
+                let weights = some.map(|row| &weights[row * columns..(row + 1) * columns]);
+                let mut products = [[0.0; BF16_ROWS]; BF16_CHUNK];
+                let products = &mut products[..x.len() / columns];
+                (self.dot_bf16)(weights, x, products);
+                for (token, products) in products.iter().enumerate() {
+                    for (row, product) in some.into_iter().zip(products) {
+                        job.out.put(chunk * BF16_CHUNK + token, row, *product);
+                    }
                 }
             }
         }
@@ -328,6 +350,8 @@ struct Rounded {
     tokens: Vec<Token>,
     #[cfg(target_arch = "x86_64")]
     packed: amx::Packed,
+    #[cfg(target_arch = "x86_64")]
+    groups: groups::Groups,
 }
 
 /// Counts the cores that this process may use: two threads on one core share what multiplies.

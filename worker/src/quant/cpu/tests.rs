@@ -257,7 +257,10 @@ fn several_products_at_once_are_what_each_is_alone() {
     let mut random = Random(4);
     let cpu = Cpu::start(2).expect("threads start");
     let matrices: Vec<Matrix> = random.matrices().into_iter().map(|(_, matrix, _)| matrix).collect();
-    let inputs: Vec<Vec<f32>> = matrices.iter().map(|matrix| random.activations(3 * matrix.cols())).collect();
+    // One batch for weights of all kinds that can take it; of some, several rows and of others one.
+    let shared = random.activations(1 << 14);
+    let inputs: Vec<&[f32]> =
+        matrices.iter().map(|matrix| &shared[..5760usize.next_multiple_of(matrix.cols())]).collect();
     let alone: Vec<Vec<f32>> = matrices.iter().zip(&inputs).map(|(matrix, x)| product(&cpu, x, matrix, None)).collect();
     let mut together: Vec<Vec<f32>> = alone.iter().map(|out| vec![0.0; out.len()]).collect();
     let mut products: Vec<Product<'_>> = matrices

@@ -1,11 +1,8 @@
-//! Integer products in vectors of 32 bytes: with AVX2, and with AVX-VNNI.
+//! Integer products in vectors of 32 bytes, with AVX2, with AVX-VNNI and with their like of AVX-512: of one token.
 //!
-//! One token: a segment's codes become two vectors of integers by a shuffle of the table, which are multiplied with the
-//! token's bytes; the partial sums of eight blocks are transposed and added, so that one vector of eight block sums meets one
-//! vector of eight scales.
-//!
-//! Many tokens: the codes of eight rows are decoded into a tile, four inputs of each row side by side, and meet each token's
-//! inputs four at a time. A tile serves all tokens, and lies in the nearest caches meanwhile.
+//! A segment's codes become two vectors of integers by a shuffle of the table, which are multiplied with the token's bytes; the
+//! partial sums of eight blocks are transposed and added, so that one vector of eight block sums meets one vector of eight
+//! scales. Many tokens: `ymm_many`.
 //!
 //! AVX2 multiplies unsigned with signed bytes and adds pairs in 16 bits, which saturate. So the weight gives its magnitude
 //! (127 * 127 * 2 fits) and its sign moves to the activation. AVX-VNNI adds four products in 32 bits: the weight is made
@@ -118,140 +115,6 @@ macro_rules! kernels {
                 let scale = _mm256_mul_ps(load_f32(weights), load_f32(activations));
                 _mm256_fmadd_ps(_mm256_cvtepi32_ps(blocks), scale, lanes)
             }
-
-            /// Computes rows for many tokens.
-            pub(in super::super) fn many(
-                coded: &Coded<'_>,
-                tokens: &[Token],
-                rows: Range<usize>,
-                (scratch, out): (&mut Decoded, &Output<'_>),
-            ) {
-                #[target_feature(enable = $features)]
-                fn inner(
-                    coded: &Coded<'_>,
-                    tokens: &[Token],
-                    rows: Range<usize>,
-                    (scratch, out): (&mut Decoded, &Output<'_>),
-                ) {
-                    for first in rows.clone().step_by(TILE) {
-                        let tile = first..rows.end.min(first + TILE);
-                        decode_tile(coded, tile.clone(), scratch);
-                        for (index, four) in tokens.chunks(4).enumerate() {
-                            let products = |token: usize, products: [f32; TILE]| {
-                                for (row, product) in tile.clone().zip(products) {
-                                    out.put(4 * index + token, row, product);
-                                }
-                            };
-                            match coded.kind {
-                                Kind::Nf4 => some_times::<1, false>(four, coded, scratch, products),
-                                Kind::Nf4Halves => some_times::<2, false>(four, coded, scratch, products),
-                                Kind::Mxfp4 => some_times::<2, true>(four, coded, scratch, products),
-                            }
-                        }
-                    }
-                }
-                // SAFETY: the path that leads here was checked against the processor.
-                unsafe { inner(coded, tokens, rows, (scratch, out)) }
-            }
-
-            /// Multiplies the tile in `scratch` with one to four tokens.
-            #[target_feature(enable = $features)]
-            fn some_times<const BLOCKS: usize, const SMALL: bool>(
-                tokens: &[Token],
-                coded: &Coded<'_>,
-                scratch: &Decoded,
-                products: impl FnMut(usize, [f32; TILE]),
-            ) {
-                match tokens {
-                    [a, b, c, d] => {
-                        tile_times::<BLOCKS, SMALL, 4>([a, b, c, d], coded, scratch, products);
-                    }
-                    [a, b, c] => tile_times::<BLOCKS, SMALL, 3>([a, b, c], coded, scratch, products),
-                    [a, b] => tile_times::<BLOCKS, SMALL, 2>([a, b], coded, scratch, products),
-                    [a] => tile_times::<BLOCKS, SMALL, 1>([a], coded, scratch, products),
-                    _ => unreachable!("tokens come four at a time"),
-                }
-            }
-
-            /// Decodes up to eight rows into `scratch`: of each segment 16 quads, a quad being four bytes of each row, and of
-            /// each block the scales of the rows. Rows that are missing repeat the last one.
-            #[target_feature(enable = $features)]
-            fn decode_tile(coded: &Coded<'_>, rows: Range<usize>, scratch: &mut Decoded) {
-                let table = table(coded.kind, $offset);
-                let (segments, blocks) = (coded.segments(), coded.blocks());
-                scratch.lines.resize(segments * TILE, Line::ZERO);
-                // Behind the tile's scales those of one row, before they are dealt out.
-                scratch.floats.resize(blocks * (TILE + 1), 0.0);
-                let (by_block, of_row) = scratch.floats.split_at_mut(blocks * TILE);
-                let sources: [_; TILE] = std::array::from_fn(|i| coded.row((rows.start + i).min(rows.end - 1)));
-                for i in 0..TILE {
-                    coded.write_scales((rows.start + i).min(rows.end - 1), 0, of_row);
-                    for (block, scale) in of_row.iter().enumerate() {
-                        by_block[block * TILE + i] = *scale;
-                    }
-                }
-                for (index, lines) in scratch.lines.chunks_exact_mut(TILE).enumerate() {
-                    let mut high = [_mm256_setzero_si256(); TILE];
-                    let mut low = high;
-                    for (i, (whole, rest)) in sources.iter().enumerate() {
-                        (high[i], low[i]) = decode(table, &segment(whole, rest, index));
-                    }
-                    let (first, second) = lines.split_at_mut(TILE / 2);
-                    store_quads(first, transpose(high));
-                    store_quads(second, transpose(low));
-                }
-            }
-
-            /// Multiplies the tile in `scratch` with some tokens.
-            #[target_feature(enable = $features)]
-            fn tile_times<const BLOCKS: usize, const SMALL: bool, const TOKENS: usize>(
-                tokens: [&Token; TOKENS],
-                coded: &Coded<'_>,
-                scratch: &Decoded,
-                mut products: impl FnMut(usize, [f32; TILE]),
-            ) {
-                let mut lanes = [[_mm256_setzero_ps(); TOKENS]; LANES];
-                let scales = scratch.floats.as_chunks::<TILE>().0;
-                let tiles = scratch.lines.as_chunks::<TILE>().0;
-                // Unrolled as a whole, the loop over quads would need more registers than there are.
-                let quads = std::hint::black_box(2 * QUADS / BLOCKS);
-                for block in 0..coded.blocks() {
-                    let (segment, half) = (block / BLOCKS, block % BLOCKS);
-                    let lines: &[Line; TILE] = &tiles[segment];
-                    let bytes = tokens.map(|token| &token.lines[segment]);
-                    let mut sums = [_mm256_setzero_si256(); TOKENS];
-                    if HAS_OFFSET {
-                        for token in 0..TOKENS {
-                            sums[token] = _mm256_set1_epi32(tokens[token].corrections[block]);
-                        }
-                    }
-                    let part = QUADS / BLOCKS;
-                    for quad in 0..quads {
-                        // Quads of high nibbles, then those of low ones; all are below twice `QUADS`.
-                        let quad = (quad / part * QUADS + half * part + quad % part) % (2 * QUADS);
-                        let weights = load_half(&lines[quad / 2], quad % 2);
-                        for token in 0..TOKENS {
-                            let four = broadcast(bytes[token], quad);
-                            sums[token] = add_products::<SMALL>(sums[token], weights, four);
-                        }
-                    }
-                    let weights = load_f32(&scales[block]);
-                    for token in 0..TOKENS {
-                        let scale = _mm256_mul_ps(weights, _mm256_set1_ps(tokens[token].scales[block]));
-                        let lane = &mut lanes[block % LANES][token];
-                        let sum = _mm256_cvtepi32_ps(finish::<SMALL>(sums[token]));
-                        *lane = _mm256_fmadd_ps(sum, scale, *lane);
-                    }
-                }
-                for token in 0..TOKENS {
-                    let [a, b, c, d, e, f, g, h] = &lanes;
-                    let [a, b, c, d] = [a[token], b[token], c[token], d[token]];
-                    let [e, f, g, h] = [e[token], f[token], g[token], h[token]];
-                    let left = _mm256_add_ps(_mm256_add_ps(a, e), _mm256_add_ps(c, g));
-                    let right = _mm256_add_ps(_mm256_add_ps(b, f), _mm256_add_ps(d, h));
-                    products(token, store_f32(_mm256_add_ps(left, right)));
-                }
-            }
         }
     };
 }
@@ -263,12 +126,6 @@ macro_rules! kernels {
 use std::arch::x86_64::*;
 
 use super::lines::{Kind, LANES, Line, SEGMENT, SEGMENT_BYTES};
-
-/// Rows of a tile.
-const TILE: usize = 8;
-
-/// Quads of the high nibbles of a segment, and of the low ones.
-const QUADS: usize = SEGMENT / 8;
 
 /// How far ahead of the codes that are multiplied memory is asked for more. Units: bytes.
 const PREFETCH: usize = 4096;
@@ -302,7 +159,7 @@ pub(super) fn decode(table: __m256i, codes: &[u8; SEGMENT_BYTES]) -> (__m256i, _
 /// Adds products of signed weights to sums; those of small weights are kept as pairs in 16 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_by_sign<const SMALL: bool>(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
+pub(super) fn add_by_sign<const SMALL: bool>(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
     let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(bytes, weights));
     if SMALL {
         return _mm256_add_epi16(sums, pairs);
@@ -313,7 +170,7 @@ fn add_by_sign<const SMALL: bool>(sums: __m256i, weights: __m256i, bytes: __m256
 /// Gives the sums in 32 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn finish_by_sign<const SMALL: bool>(sums: __m256i) -> __m256i {
+pub(super) fn finish_by_sign<const SMALL: bool>(sums: __m256i) -> __m256i {
     if SMALL { _mm256_madd_epi16(sums, _mm256_set1_epi16(1)) } else { sums }
 }
 
@@ -323,7 +180,7 @@ const _: () = assert!(SEGMENT as i32 / 2 / 4 * 2 * 12 * 127 <= i16::MAX as i32);
 /// Adds products of unsigned weights to sums.
 #[inline]
 #[target_feature(enable = "avx2,avxvnni")]
-fn add_by_vnni<const SMALL: bool>(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
+pub(super) fn add_by_vnni<const SMALL: bool>(sums: __m256i, weights: __m256i, bytes: __m256i) -> __m256i {
     _mm256_dpbusd_avx_epi32(sums, weights, bytes)
 }
 
@@ -336,7 +193,7 @@ fn add_by_avx512<const SMALL: bool>(sums: __m256i, weights: __m256i, bytes: __m2
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn finish_by_vnni<const SMALL: bool>(sums: __m256i) -> __m256i {
+pub(super) fn finish_by_vnni<const SMALL: bool>(sums: __m256i) -> __m256i {
     sums
 }
 
@@ -371,21 +228,38 @@ pub(super) fn prefetch_behind<T>(now: &[T]) {
     }
 }
 
+/// Asks for weights of bf16 that are multiplied soon: of the same row, or where that ends of the row that follows `rows` rows
+/// later.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn prefetch_row(row: &[[u8; 2]], index: usize, rows: usize) {
+    const NEAR: usize = 1024;
+    let ahead = if index + NEAR < row.len() { index + NEAR } else { index + NEAR + (rows - 1) * row.len() };
+    // SAFETY: prefetching an address does nothing that can be seen, also where nothing is mapped.
+    #[allow(unused_unsafe, reason = "newer compilers know that this is safe")]
+    unsafe {
+        _mm_prefetch(row.as_ptr().wrapping_add(ahead).cast::<i8>(), _MM_HINT_T0);
+    }
+}
+
+/// Asks for what stands `ahead` bytes behind a segment, to be near when the next tile is decoded.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn prefetch_far(segments: &[[u8; SEGMENT_BYTES]], index: usize, ahead: usize) {
+    let ahead = segments.as_ptr().cast::<i8>().wrapping_add(index * SEGMENT_BYTES + ahead);
+    // SAFETY: prefetching an address does nothing that can be seen, also where nothing is mapped.
+    #[allow(unused_unsafe, reason = "newer compilers know that this is safe")]
+    unsafe {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+    }
+}
+
 #[inline]
 #[target_feature(enable = "avx2")]
 pub(super) fn load_half(line: &Line, half: usize) -> __m256i {
     let bytes: &[[i8; SEGMENT_BYTES]] = line.0.as_chunks().0;
     // SAFETY: 32 bytes are read from an array of as many.
     unsafe { _mm256_loadu_si256(bytes[half].as_ptr().cast()) }
-}
-
-/// Repeats the four activations that meet a quad.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn broadcast(line: &Line, quad: usize) -> __m256i {
-    let [a, b, c, d] = line.0.as_chunks::<4>().0[quad];
-    let four = [a.cast_unsigned(), b.cast_unsigned(), c.cast_unsigned(), d.cast_unsigned()];
-    _mm256_set1_epi32(i32::from_le_bytes(four))
 }
 
 #[inline]
@@ -404,8 +278,8 @@ pub(super) fn load_i32(numbers: &[i32; LANES]) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn store_f32(vector: __m256) -> [f32; TILE] {
-    let mut numbers = [0.0; TILE];
+pub(super) fn store_f32(vector: __m256) -> [f32; LANES] {
+    let mut numbers = [0.0; LANES];
     // SAFETY: eight numbers are written to an array of as many.
     unsafe { _mm256_storeu_ps(numbers.as_mut_ptr(), vector) };
     numbers
@@ -417,14 +291,6 @@ pub(super) fn store_half(line: &mut Line, half: usize, bytes: __m256i) {
     let halves: &mut [[i8; SEGMENT_BYTES]] = line.0.as_chunks_mut().0;
     // SAFETY: 32 bytes are written to an array of as many.
     unsafe { _mm256_storeu_si256(halves[half].as_mut_ptr().cast(), bytes) };
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn store_quads(lines: &mut [Line], quads: [__m256i; QUADS]) {
-    for (quad, bytes) in quads.into_iter().enumerate() {
-        store_half(&mut lines[quad / 2], quad % 2, bytes);
-    }
 }
 
 /// Adds pairs of elements: of `a` and `b` in turns, in each half of a vector.
@@ -473,7 +339,7 @@ pub(super) fn add_up(lanes: __m256) -> f32 {
 /// Turns eight rows of eight elements of 32 bits around.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn transpose([a, b, c, d, e, f, g, h]: [__m256i; TILE]) -> [__m256i; TILE] {
+pub(super) fn transpose([a, b, c, d, e, f, g, h]: [__m256i; LANES]) -> [__m256i; LANES] {
     let four = |a, b, c, d| {
         let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
         let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
@@ -486,10 +352,10 @@ pub(super) fn transpose([a, b, c, d, e, f, g, h]: [__m256i; TILE]) -> [__m256i; 
     };
     let (upper, lower) = (four(a, b, c, d), four(e, f, g, h));
     // Not by `from_fn` and the like, into which nothing that was compiled for more instructions is inlined.
-    let mut turned = [_mm256_setzero_si256(); TILE];
-    for i in 0..TILE / 2 {
+    let mut turned = [_mm256_setzero_si256(); LANES];
+    for i in 0..LANES / 2 {
         turned[i] = _mm256_permute2x128_si256(upper[i], lower[i], 0x20);
-        turned[i + TILE / 2] = _mm256_permute2x128_si256(upper[i], lower[i], 0x31);
+        turned[i + LANES / 2] = _mm256_permute2x128_si256(upper[i], lower[i], 0x31);
     }
     turned
 }

@@ -10,8 +10,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::dot::{self, BF16_ROWS};
+use super::groups::{CORRECTIONS, Group, Groups, SCALES};
 use super::lines::{Coded, LANES, Line, OFFSET, Output, SEGMENT, SEGMENT_BYTES, Token};
-use super::pool::Decoded;
+use super::pool::{Decoded, Scratch};
 use super::ymm;
 
 /// Rows of a tile.
@@ -20,8 +21,14 @@ pub(super) const TILE: usize = 16;
 /// Quads of a segment: those of high nibbles, then those of low ones.
 pub(super) const QUADS: usize = SEGMENT / 4;
 
-/// Tokens that meet a tile together.
-pub(super) const TOKENS: usize = 8;
+/// Tokens that share the loads of rows of bf16.
+const BF16_TOKENS: usize = 4;
+
+/// Segments whose codes share a line of the cache.
+const SEGMENTS_OF_LINE: usize = 2;
+
+/// Tiles that are computed together: as many as a scratch has room for.
+const SIDES: usize = 2;
 
 /// Computes rows for one token.
 pub(super) fn one(coded: &Coded<'_>, token: &Token, rows: Range<usize>, (scratch, out): (&mut Decoded, &Output<'_>)) {
@@ -98,27 +105,46 @@ fn add_scaled<const BLOCKS: usize, const PAIRS: usize>(
     _mm256_fmadd_ps(_mm256_cvtepi32_ps(blocks), scale, lanes)
 }
 
-/// Computes four rows of bf16, as `dot::bf16_in_lanes` does.
-pub(super) fn bf16(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
+/// Computes four rows of bf16, as `dot::bf16_in_lanes` does, for tokens side by side.
+pub(super) fn bf16(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32], out: &mut [[f32; BF16_ROWS]]) {
     #[target_feature(enable = "avx512f")]
-    fn inner(rows: [&[[u8; 2]]; BF16_ROWS], x: &[f32]) -> [f32; BF16_ROWS] {
-        let (x_lanes, x_rest) = x.as_chunks::<TILE>();
-        let lanes = rows.map(|row| &row.as_chunks::<TILE>().0[..x_lanes.len()]);
-        let mut sums = [_mm512_setzero_ps(); BF16_ROWS];
-        for (index, x) in x_lanes.iter().enumerate() {
-            let x = load_f32(x);
+    fn inner<const COUNT: usize>(rows: [&[[u8; 2]]; BF16_ROWS], x: [&[f32]; COUNT], out: &mut [[f32; BF16_ROWS]]) {
+        let columns = rows[0].len();
+        let lanes = rows.map(|row| row[..columns].as_chunks::<TILE>().0);
+        let x_lanes = x.map(|x| &x[..columns].as_chunks::<TILE>().0[..columns / TILE]);
+        let mut sums = [[_mm512_setzero_ps(); COUNT]; BF16_ROWS];
+        for index in 0..columns / TILE {
             for row in 0..BF16_ROWS {
-                ymm::prefetch_behind(&lanes[row][index]);
+                ymm::prefetch_row(rows[row], index * TILE, BF16_ROWS);
                 // SAFETY: 32 bytes are read from arrays of as many.
                 let weights = unsafe { _mm256_loadu_si256(lanes[row][index].as_ptr().cast()) };
                 let weights = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(weights), 16));
-                sums[row] = _mm512_fmadd_ps(weights, x, sums[row]);
+                for token in 0..COUNT {
+                    sums[row][token] = _mm512_fmadd_ps(weights, load_f32(&x_lanes[token][index]), sums[row][token]);
+                }
             }
         }
-        std::array::from_fn(|row| dot::bf16_rest(&rows[row][x_lanes.len() * TILE..], x_rest, store_f32(sums[row])))
+        let whole = columns / TILE * TILE;
+        for (token, out) in out.iter_mut().enumerate() {
+            for row in 0..BF16_ROWS {
+                out[row] = dot::bf16_rest(&rows[row][whole..], &x[token][whole..], store_f32(sums[row][token]));
+            }
+        }
     }
-    // SAFETY: the path that leads here was checked against the processor.
-    unsafe { inner(rows, x) }
+    let columns = rows[0].len();
+    for (x, out) in x.chunks(BF16_TOKENS * columns).zip(out.chunks_mut(BF16_TOKENS)) {
+        let mut tokens = x.chunks_exact(columns);
+        if out.len() == BF16_TOKENS {
+            let tokens = std::array::from_fn::<_, BF16_TOKENS, _>(|_| tokens.next().expect("as many as results"));
+            // SAFETY: the path that leads here was checked against the processor.
+            unsafe { inner(rows, tokens, out) };
+        } else {
+            for (x, out) in tokens.zip(out) {
+                // SAFETY: as above.
+                unsafe { inner(rows, [x], std::slice::from_mut(out)) };
+            }
+        }
+    }
 }
 
 /// Gives the products of two segments: the sums of four neighbours in each element.
@@ -166,34 +192,34 @@ fn add_across_halves(vectors: &[__m512i]) -> __m256i {
     _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, quarters))
 }
 
-/// Computes rows for many tokens.
+/// Computes rows for many tokens: 32 rows and a group of tokens at a time.
 pub(super) fn many(
     coded: &Coded<'_>,
-    tokens: &[Token],
+    groups: &Groups,
     rows: Range<usize>,
-    (scratch, out): (&mut Decoded, &Output<'_>),
+    (scratches, out): (&mut Scratch, &Output<'_>),
 ) {
-    for first in rows.clone().step_by(TILE) {
-        let tile = first..rows.end.min(first + TILE);
-        decode_tile::<{ OFFSET as u8 }, 1>(coded, tile.clone(), scratch);
-        for (index, some) in tokens.chunks(TOKENS).enumerate() {
-            let products = |token: usize, products: [f32; TILE]| {
-                for (row, product) in tile.clone().zip(products) {
-                    out.put(TOKENS * index + token, row, product);
+    for first in rows.clone().step_by(SIDES * TILE) {
+        let mut sides = [first..rows.end.min(first + TILE), first + TILE..rows.end.min(first + SIDES * TILE)];
+        if sides[1].is_empty() {
+            // Computed a second time for nothing: only at the end of a weight.
+            sides[1] = sides[0].clone();
+        }
+        for (scratch, side) in scratches.iter_mut().zip(&sides) {
+            match coded.kind.blocks() {
+                1 => decode_tile::<{ OFFSET as u8 }, 1>(coded, side.clone(), scratch),
+                _ => decode_tile::<{ OFFSET as u8 }, 2>(coded, side.clone(), scratch),
+            }
+        }
+        for group in groups.iter() {
+            let products = |token: usize, side: usize, products: [f32; TILE]| {
+                for (row, product) in sides[side].clone().zip(products) {
+                    out.put(group.first + token, row, product);
                 }
             };
-            match (coded.kind.blocks(), some.len()) {
-                (1, TOKENS) => tile_times::<1, 8, TOKENS>(some, coded, scratch, products),
-                (_, TOKENS) => tile_times::<2, 4, TOKENS>(some, coded, scratch, products),
-                (blocks, _) => {
-                    for (token, one) in some.iter().enumerate() {
-                        let one = std::slice::from_ref(one);
-                        match blocks {
-                            1 => tile_times::<1, 8, 1>(one, coded, scratch, |_, tile| products(token, tile)),
-                            _ => tile_times::<2, 4, 1>(one, coded, scratch, |_, tile| products(token, tile)),
-                        }
-                    }
-                }
+            match coded.kind.blocks() {
+                1 => some_times::<QUADS>(group, coded.blocks(), scratches, products),
+                _ => some_times::<{ QUADS / 2 }>(group, coded.blocks(), scratches, products),
             }
         }
     }
@@ -218,6 +244,7 @@ pub(super) fn decode_tile<const OFFSET: u8, const PARTS: usize>(
         scratch.floats.resize(blocks * (TILE + 1), 0.0);
         let (by_block, of_row) = scratch.floats.split_at_mut(blocks * TILE);
         let sources: [_; TILE] = std::array::from_fn(|i| coded.row((rows.start + i).min(rows.end - 1)));
+        let ahead = SIDES * TILE * coded.row_bytes();
         for i in 0..TILE {
             coded.write_scales((rows.start + i).min(rows.end - 1), 0, of_row);
             for (block, scale) in of_row.iter().enumerate() {
@@ -229,6 +256,9 @@ pub(super) fn decode_tile<const OFFSET: u8, const PARTS: usize>(
                 let mut high = [_mm256_setzero_si256(); TILE / 2];
                 let mut low = high;
                 for (i, (whole, rest)) in sources.iter().enumerate() {
+                    if index % SEGMENTS_OF_LINE == 0 {
+                        ymm::prefetch_far(whole, index, ahead);
+                    }
                     (high[i], low[i]) = ymm::decode(table, &ymm::segment(whole, rest, index));
                 }
                 let nibbles = [ymm::transpose(high), ymm::transpose(low)];
@@ -247,63 +277,85 @@ pub(super) fn decode_tile<const OFFSET: u8, const PARTS: usize>(
     unsafe { inner::<OFFSET, PARTS>(coded, rows, scratch) }
 }
 
-/// Multiplies the tile in `scratch` with `COUNT` tokens; the high nibbles of a block are `PART` quads, and the low ones.
-fn tile_times<const BLOCKS: usize, const PART: usize, const COUNT: usize>(
-    tokens: &[Token],
-    coded: &Coded<'_>,
-    scratch: &Decoded,
-    products: impl FnMut(usize, [f32; TILE]),
+/// Multiplies two tiles with a group, whose blocks have `PART` quads.
+fn some_times<const PART: usize>(
+    group: Group<'_>,
+    blocks: usize,
+    tiles: &Scratch,
+    products: impl FnMut(usize, usize, [f32; TILE]),
+) {
+    match group.tokens {
+        1 => tiles_times::<PART, 1>(group, blocks, tiles, products),
+        2 => tiles_times::<PART, 2>(group, blocks, tiles, products),
+        3 => tiles_times::<PART, 3>(group, blocks, tiles, products),
+        4 => tiles_times::<PART, 4>(group, blocks, tiles, products),
+        5 => tiles_times::<PART, 5>(group, blocks, tiles, products),
+        6 => tiles_times::<PART, 6>(group, blocks, tiles, products),
+        count => unreachable!("a group of {count} tokens"),
+    }
+}
+
+/// Multiplies two tiles with `COUNT` tokens: as many sums as registers hold. The lanes are taken one after the other, for then
+/// those that are added to stay in registers too.
+fn tiles_times<const PART: usize, const COUNT: usize>(
+    group: Group<'_>,
+    blocks: usize,
+    tiles: &Scratch,
+    products: impl FnMut(usize, usize, [f32; TILE]),
 ) {
     #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn inner<const BLOCKS: usize, const PART: usize, const COUNT: usize>(
-        tokens: &[Token; COUNT],
-        coded: &Coded<'_>,
-        scratch: &Decoded,
-        mut products: impl FnMut(usize, [f32; TILE]),
+    fn inner<const PART: usize, const COUNT: usize>(
+        words: &[[i32; COUNT]],
+        blocks: usize,
+        tiles: &Scratch,
+        mut products: impl FnMut(usize, usize, [f32; TILE]),
     ) {
-        let mut lanes = [[_mm512_setzero_ps(); COUNT]; LANES];
-        let segments = scratch.lines.as_chunks::<QUADS>().0;
-        // Unrolled as a whole, the loop over quads would need more registers than there are.
-        let quads = std::hint::black_box(2 * PART);
-        let scales = scratch.floats.as_chunks::<TILE>().0;
-        for block in 0..coded.blocks() {
-            let (segment, half) = (block / BLOCKS, block % BLOCKS);
-            let mut sums = [_mm512_setzero_si512(); COUNT];
-            for token in 0..COUNT {
-                sums[token] = _mm512_set1_epi32(tokens[token].corrections[block]);
-            }
-            let lines = &segments[segment];
-            let bytes: [&[[i8; 4]; QUADS]; COUNT] = std::array::from_fn(|token| {
-                tokens[token].lines[segment].0.as_chunks().0.first_chunk().expect("a line has as many quads")
-            });
-            for quad in 0..quads {
-                // Quads of high nibbles, then those of low ones; all are below `QUADS`.
-                let quad = (quad / PART * (QUADS / 2) + half * PART + quad % PART) % QUADS;
-                let weights = load_line(&lines[quad]);
+        let mut lanes = [[[_mm512_setzero_ps(); COUNT]; SIDES]; LANES];
+        let scales = [tiles[0].floats.as_chunks::<TILE>().0, tiles[1].floats.as_chunks::<TILE>().0];
+        for (lane, lanes) in lanes.iter_mut().enumerate() {
+            let mut added = *lanes;
+            for block in (lane..blocks).step_by(LANES) {
+                let (quads, rest) = words[block * (PART + 2)..(block + 1) * (PART + 2)].split_at(PART);
+                let mut sums = [[_mm512_setzero_si512(); COUNT]; SIDES];
                 for token in 0..COUNT {
-                    let [a, b, c, d] = bytes[token][quad];
-                    let four = [a.cast_unsigned(), b.cast_unsigned(), c.cast_unsigned(), d.cast_unsigned()];
-                    let four = _mm512_set1_epi32(i32::from_le_bytes(four));
-                    sums[token] = _mm512_dpbusd_epi32(sums[token], weights, four);
+                    sums[0][token] = _mm512_set1_epi32(rest[CORRECTIONS][token]);
+                    sums[1][token] = sums[0][token];
+                }
+                let lines = block * PART..(block + 1) * PART;
+                let lines = tiles[0].lines[lines.clone()].iter().zip(&tiles[1].lines[lines]);
+                for (quad, (first, second)) in quads.iter().zip(lines) {
+                    let weights = [load_line(first), load_line(second)];
+                    for token in 0..COUNT {
+                        let four = _mm512_set1_epi32(quad[token]);
+                        for side in 0..SIDES {
+                            sums[side][token] = _mm512_dpbusd_epi32(sums[side][token], weights[side], four);
+                        }
+                    }
+                }
+                for side in 0..SIDES {
+                    let weights = load_f32(&scales[side][block]);
+                    for token in 0..COUNT {
+                        let scale = _mm512_mul_ps(weights, _mm512_castsi512_ps(_mm512_set1_epi32(rest[SCALES][token])));
+                        let sum = _mm512_cvtepi32_ps(sums[side][token]);
+                        added[side][token] = _mm512_fmadd_ps(sum, scale, added[side][token]);
+                    }
                 }
             }
-            let weights = load_f32(&scales[block]);
+            *lanes = added;
+        }
+        let [a, b, c, d, e, f, g, h] = &lanes;
+        for side in 0..SIDES {
             for token in 0..COUNT {
-                let scale = _mm512_mul_ps(weights, _mm512_set1_ps(tokens[token].scales[block]));
-                let lane = &mut lanes[block % LANES][token];
-                *lane = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[token]), scale, *lane);
+                let lanes = [a, b, c, d].map(|lane| lane[side][token]);
+                let rest = [e, f, g, h].map(|lane| lane[side][token]);
+                let lanes = [lanes[0], lanes[1], lanes[2], lanes[3], rest[0], rest[1], rest[2], rest[3]];
+                products(token, side, store_f32(add_lanes(lanes)));
             }
         }
-        for token in 0..COUNT {
-            let [a, b, c, d, e, f, g, h] = &lanes;
-            let [a, b, c, d] = [a[token], b[token], c[token], d[token]];
-            let lanes = [a, b, c, d, e[token], f[token], g[token], h[token]];
-            products(token, store_f32(add_lanes(lanes)));
-        }
     }
-    let tokens = tokens.first_chunk().expect("as many tokens as asked for");
+    let words = group.words.as_chunks().0;
     // SAFETY: the path that leads here was checked against the processor.
-    unsafe { inner::<BLOCKS, PART, COUNT>(tokens, coded, scratch, products) }
+    unsafe { inner::<PART, COUNT>(words, blocks, tiles, products) }
 }
 
 /// Adds the lanes of sixteen products, in the order of `lines::add_up`.
