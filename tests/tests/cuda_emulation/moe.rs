@@ -1,6 +1,7 @@
 //! moe.cu: the chosen experts' two products, against the whole mixture of the CPU.
 
 use bulkhead_worker::model::moe::{Activation, Mixture};
+use bulkhead_worker::model::rooms::Rooms;
 use bulkhead_worker::model::weights::{ExpertWeights, Linear};
 use bulkhead_worker::quant::cpu::{Cpu, CpuPath};
 use bulkhead_worker::quant::{Dense, Matrix};
@@ -223,12 +224,18 @@ fn run(program: &Program, model: &Model, x: &[f32], way: Way) -> Result<Vec<f32>
 
 fn check(program: &Program, order: Order) -> Result<(), String> {
     let mut random = Random::new(2);
-    let cpu = Cpu::start_on(CpuPath::Scalar, 1).expect("a thread starts");
+    let (cpu, rooms) = (Cpu::start_on(CpuPath::Scalar, 1).expect("a thread starts"), Rooms::default());
     for format in Format::ALL {
         let model = model(format, &mut random);
         let x = random.narrow(14 * HIDDEN, 2.0);
-        let mixture =
-            Mixture { cpu: &cpu, router: &model.router, experts: &model.experts, used: USED, activation: ACTIVATION };
+        let mixture = Mixture {
+            cpu: &cpu,
+            rooms: &rooms,
+            router: &model.router,
+            experts: &model.experts,
+            used: USED,
+            activation: ACTIVATION,
+        };
         let mut expected = vec![0.0; x.len()];
         mixture.run(&x, &mut expected);
         let all = run(program, &model, &x, Way { tiles: 2, grid: 5, stage_columns: 0, order })?;

@@ -1,6 +1,7 @@
 //! moe_many.cu: router, choice and grouping of a prompt's tokens, and the chosen experts' two products.
 
 use bulkhead_worker::model::moe::Mixture;
+use bulkhead_worker::model::rooms::Rooms;
 use bulkhead_worker::quant::cpu::{Cpu, CpuPath};
 
 use crate::emulator::{Arg, Factors, Fault, Order, Program, Session};
@@ -156,12 +157,18 @@ fn check(program: &Program, order: Order) -> Result<(), String> {
     // Experts 4 and 9 serve every token: their groups have more than one piece, even of the larger tiles.
     const TOKENS: usize = 140;
     let mut random = Random::new(7);
-    let cpu = Cpu::start_on(CpuPath::Scalar, 1).expect("a thread starts");
+    let (cpu, rooms) = (Cpu::start_on(CpuPath::Scalar, 1).expect("a thread starts"), Rooms::default());
     for format in Format::ALL {
         let model = model(format, &mut random);
         let x = random.narrow(TOKENS * HIDDEN, 2.0);
-        let mixture =
-            Mixture { cpu: &cpu, router: &model.router, experts: &model.experts, used: USED, activation: ACTIVATION };
+        let mixture = Mixture {
+            cpu: &cpu,
+            rooms: &rooms,
+            router: &model.router,
+            experts: &model.experts,
+            used: USED,
+            activation: ACTIVATION,
+        };
         let mut expected = vec![0.0; x.len()];
         mixture.run(&x, &mut expected);
         let all = run(program, &model, &x, Way { tile: "many", grid: 5, order })?;

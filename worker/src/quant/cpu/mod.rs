@@ -237,7 +237,8 @@ impl Cpu {
         match self.path {
             CpuPath::Amx if count >= AMX_TOKENS_MIN => rounded.packed.fill(coded, &rounded.tokens),
             CpuPath::Avx512 | CpuPath::Amx if count > 1 => rounded.groups.fill(&self.pool, coded, &rounded.tokens),
-            _ => {}
+            CpuPath::Avx512 | CpuPath::Amx => {}
+            CpuPath::Scalar | CpuPath::Portable | CpuPath::Avx2 | CpuPath::AvxVnni => {}
         }
     }
 
