@@ -167,7 +167,6 @@ def resident_mib(pid):
     """Adds up the memory of a process and its children, in MiB; pages that they share with the file count too."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")) / 1024
-    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     threads = pathlib.Path(f"/proc/{pid}/task").iterdir()
     children = {child for thread in threads for child in (thread / "children").read_text().split()}
     return own + sum(resident_mib(child) for child in children)
