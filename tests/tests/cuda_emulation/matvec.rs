@@ -42,8 +42,8 @@ const FAULTS: [Fault; 16] = [
     Fault {
         name: "nested groups of twice the size",
         file: "formats.cuh",
-        from: "held.nested = nested[index / NESTED_GROUP];",
-        to: "held.nested = nested[index / (2 * NESTED_GROUP)];",
+        from: "load_if(is_wanted, nested + index / NESTED_GROUP,",
+        to: "load_if(is_wanted, nested + index / (2 * NESTED_GROUP),",
     },
     Fault {
         name: "MXFP4's exponents of a block swapped",

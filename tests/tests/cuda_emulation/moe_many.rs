@@ -31,7 +31,13 @@ const KERNELS: [&str; 19] = [
     "moe_down_bf16_few",
 ];
 
-const FAULTS: [Fault; 11] = [
+const FAULTS: [Fault; 12] = [
+    Fault {
+        name: "the router's next columns the same",
+        file: "moe_many.cu",
+        from: "(from_x + start + ROUTER_COLUMNS)",
+        to: "(from_x + start)",
+    },
     Fault { name: "the up projection's one forgotten", file: "prompt_jobs.cuh", from: "(up + 1.0f)", to: "up" },
     Fault { name: "the gate not clamped", file: "prompt_jobs.cuh", from: "gate > limit ? limit : gate", to: "gate" },
     Fault {
@@ -79,8 +85,8 @@ const FAULTS: [Fault; 11] = [
     Fault {
         name: "no barrier before the router's next columns",
         file: "moe_many.cu",
-        from: "(from_weight + start);\n        __syncthreads();",
-        to: "(from_weight + start);",
+        from: "        __syncthreads();\n        *(float4*)(own_x",
+        to: "        *(float4*)(own_x",
     },
     Fault {
         name: "the last expert's groups forgotten",
