@@ -128,30 +128,20 @@ template <class T> __device__ __forceinline__ T read_through(const T* from) { re
 
 // Loads to a register, which keeps what it holds unless something is wanted. Written as a condition around a load, the compiler
 // loads elsewhere and moves the result at once, which waits for it.
-__device__ __forceinline__ void load_if(bool is_wanted, const u8* from, u32& to) {
 #if defined(BULKHEAD_EMULATED)
+template <class From, class To> void load_if(bool is_wanted, const From* from, To& to) {
     if (is_wanted) to = *from;
-#else
-    asm volatile("{.reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted ld.global.u8 %0, [%1];}"
-                 : "+r"(to) : "l"(from), "r"((u32)is_wanted));
-#endif
 }
-__device__ __forceinline__ void load_if(bool is_wanted, const u16* from, u32& to) {
-#if defined(BULKHEAD_EMULATED)
-    if (is_wanted) to = *from;
 #else
-    asm volatile("{.reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted ld.global.u16 %0, [%1];}"
-                 : "+r"(to) : "l"(from), "r"((u32)is_wanted));
+#define LOAD_IF(FROM, TO, KIND, PLACE)                                                                                 \
+    __device__ __forceinline__ void load_if(bool is_wanted, const FROM* from, TO& to) {                                \
+        asm volatile("{.reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted ld.global." KIND " %0, [%1];}"            \
+                     : PLACE(to) : "l"(from), "r"((u32)is_wanted));                                                    \
+    }
+LOAD_IF(u8, u32, "u8", "+r")
+LOAD_IF(u16, u32, "u16", "+r")
+LOAD_IF(float, float, "f32", "+f")
 #endif
-}
-__device__ __forceinline__ void load_if(bool is_wanted, const float* from, float& to) {
-#if defined(BULKHEAD_EMULATED)
-    if (is_wanted) to = *from;
-#else
-    asm volatile("{.reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted ld.global.f32 %0, [%1];}"
-                 : "+f"(to) : "l"(from), "r"((u32)is_wanted));
-#endif
-}
 
 // Makes the compiler load a word although nobody looks at it.
 __device__ __forceinline__ void keep(u32 word) {

@@ -160,13 +160,11 @@ fn quantize(
     progress: &Progress,
 ) -> Result<f32, ConvertError> {
     let weights = dimensions.weights();
-    let slices = weights.div_ceil(SLICE_WEIGHTS);
+    let slices = slices_of(dimensions);
     let code_bytes = weights.div_ceil(2) as u64;
     let (all, share) = (dimensions.count * slices, item.source_bytes());
     let done = each(threads, all, |task| {
-        let (expert, slice) = (task / slices, task % slices);
-        let range = slice * SLICE_WEIGHTS..((slice + 1) * SLICE_WEIGHTS).min(weights);
-        let floats = read(source, dimensions, expert, range.clone())?;
+        let (expert, range, floats) = read_slice(source, dimensions, task)?;
         let mut codes = Vec::with_capacity(range.len().div_ceil(2));
         let blocks = floats.chunks(BLOCK_SIZE).map(|block| quantize_one(block, &mut codes)).collect();
         let norm = floats.iter().map(|value| f64::from(*value) * f64::from(*value)).sum();
@@ -198,12 +196,10 @@ fn to_mxfp4(
     progress: &Progress,
 ) -> Result<f32, ConvertError> {
     let weights = dimensions.weights();
-    let slices = weights.div_ceil(SLICE_WEIGHTS);
+    let slices = slices_of(dimensions);
     let (all, share) = (dimensions.count * slices, item.source_bytes());
     let squares = each(threads, all, |task| {
-        let (expert, slice) = (task / slices, task % slices);
-        let range = slice * SLICE_WEIGHTS..((slice + 1) * SLICE_WEIGHTS).min(weights);
-        let floats = read(source, dimensions, expert, range.clone())?;
+        let (expert, range, floats) = read_slice(source, dimensions, task)?;
         let (mut codes, mut scales) = (Vec::with_capacity(range.len() / 2), Vec::with_capacity(range.len() / GROUP));
         let mut squares = Squares::default();
         for group in floats.as_chunks::<GROUP>().0 {
@@ -324,6 +320,24 @@ fn write_scales(
 
 fn floats_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// Gives how many slices an expert's weights are cut into; tasks go through them expert by expert.
+fn slices_of(dimensions: Dimensions) -> usize {
+    dimensions.weights().div_ceil(SLICE_WEIGHTS)
+}
+
+/// Reads the slice of a task: whose it is, which of its weights, and these.
+fn read_slice(
+    source: &Source,
+    dimensions: Dimensions,
+    task: usize,
+) -> Result<(usize, Range<usize>, Vec<f32>), ConvertError> {
+    let slices = slices_of(dimensions);
+    let start = task % slices * SLICE_WEIGHTS;
+    let range = start..(start + SLICE_WEIGHTS).min(dimensions.weights());
+    let expert = task / slices;
+    Ok((expert, range.clone(), read(source, dimensions, expert, range)?))
 }
 
 /// Reads weights of one matrix, counted in its row-major order.
